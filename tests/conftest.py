@@ -1,0 +1,80 @@
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+FULL = Path(os.environ.get("TPBOOK_FIXTURES", HERE.parent.parent / "shared" / "fixtures"))
+
+torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def official():
+    """name → the tensors that the official code gave; the full set where it is there, else the committed subset."""
+
+    def load(name):
+        if (FULL / f"{name}.safetensors").exists():
+            return load_file(FULL / f"{name}.safetensors")
+        if not (HERE / "fixtures" / f"{name}.safetensors").exists():
+            pytest.skip(f"{name} is in the full fixtures only")
+        tensors = load_file(HERE / "fixtures" / f"{name}.safetensors")
+        if name == "evit_drop":
+            fuse = load_file(HERE / "fixtures" / "evit_fuse.safetensors")
+            tensors |= {k: v for k, v in fuse.items() if k.startswith("model.")}
+        return tensors | (load_file(HERE / "fixtures" / "images.safetensors") if name != "tps_squeeze" else {})
+
+    return load
+
+
+# name → arguments of a small model of that family; every trait that the engine must leave to timm is here
+FAMILIES = {
+    "deit": ("deit_tiny_patch16_224", {}),
+    "deit3": ("deit3_small_patch16_224", {}),  # LayerScale, no position embedding of the class token
+    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", {"img_size": 112}),  # registers, LayerScale
+    "clip": ("vit_base_patch16_clip_224", {}),  # norm before the blocks
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),  # two heads
+    "average": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "siglip": ("vit_base_patch16_siglip_224", {}),  # attention pooling, no class token
+    "qk_norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "large_image": ("vit_tiny_patch16_224", {"img_size": (96, 160)}),
+    "any_size": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+}
+
+
+@pytest.fixture
+def small():
+    """family → a small random model of it in eval mode, LayerScale and norms far from their trivial start."""
+
+    def make(family="deit", **kwargs):
+        name, args = FAMILIES[family]
+        size = {"embed_dim": 48, "num_heads": 3, "depth": 6, "num_classes": 10, "img_size": 96}
+        model = timm.create_model(name, **{**size, **args, **kwargs}).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 1:
+                    p.uniform_(0.2, 0.8)
+                else:
+                    p.normal_(std=0.1)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def images():
+    """model → a batch of images it takes; not square where it can take that."""
+
+    def make(model, batch=2):
+        size = (64, 128) if model.dynamic_img_size else model.patch_embed.img_size
+        return torch.randn(batch, model.in_chans, *size)
+
+    return make

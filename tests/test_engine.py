@@ -1,0 +1,280 @@
+"""prune, unprune and the knob: identity, the model's other calls, refusals."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+import tpbook
+
+LEARNED = ("dynamicvit", "dtps")
+NEEDS_CLASS_TOKEN = ("evit", "etps")
+
+
+def methods_for(model):
+    return [m for m in tpbook.METHODS if model.cls_token is not None or m not in NEEDS_CLASS_TOKEN]
+
+
+FAMILIES = ["deit", "deit3", "dinov2_reg", "clip", "distilled", "average", "siglip", "qk_norm", "large_image", "any_size"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_identity_and_unprune(small, images, family, dtype):
+    model = small(family).to(dtype)
+    x = images(model).to(dtype)
+    logits, features = model(x), model.forward_features(x)
+    cls, keys = type(model), list(model.state_dict())
+    for method in methods_for(model):
+        assert tpbook.prune(model, method, keep_ratio=1.0) is model
+        assert torch.equal(model(x), logits)
+        assert torch.equal(model.forward_features(x), features)
+        model.keep_ratio = 0.5
+        pruned = model(x)
+        assert pruned.isfinite().all() and not torch.equal(pruned, logits)
+        assert tpbook.unprune(model) is model
+        assert type(model) is cls and list(model.state_dict()) == keys and not model.training
+        assert not any(m._forward_hooks for m in model.modules())
+        assert torch.equal(model(x), logits)
+
+
+@pytest.mark.parametrize("method", tpbook.METHODS)
+@torch.no_grad()
+def test_fused_and_explicit_attention_agree(small, images, method):
+    model = small(depth=12)
+    x = images(model)
+    tpbook.prune(model, method, keep_ratio=0.6, seed=3)
+    fused = model(x)
+    for block in model.blocks:
+        block.attn.fused_attn = not block.attn.fused_attn
+    torch.testing.assert_close(model(x), fused, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", tpbook.METHODS)
+@torch.no_grad()
+def test_copies_and_files(small, images, method, tmp_path):
+    model = tpbook.prune(small(), method, seed=1)
+    x = images(model)
+    logits = model(x)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), logits)
+    twin.keep_ratio = 0.3
+    assert model.keep_ratio == 0.7 and torch.equal(model(x), logits)
+    assert list(tpbook.unprune(twin).state_dict()) == list(small().state_dict())
+
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), logits)
+
+    other = tpbook.prune(small(), method, seed=1)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(other(x), logits)
+
+
+@torch.no_grad()
+def test_timm_calls_go_on_working(small, images):
+    model = tpbook.prune(small(), "evit", keep_ratio=0.5)
+    x = images(model)
+    assert torch.equal(model.forward_head(model.forward_features(x)), model(x))
+    assert model.no_weight_decay() == small().no_weight_decay()
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    tpbook.unprune(model)
+    assert model(x).shape == (2, 3)
+    with pytest.raises(RuntimeError, match="feature maps"):
+        tpbook.prune(model, "evit").forward_intermediates(x)
+    with pytest.raises(ValueError, match="attn_mask"):
+        model(x, attn_mask=torch.zeros(1))
+
+
+def test_unprune_keeps_what_was_trained(small, images):
+    model = tpbook.prune(small(), "dynamicvit").train()
+    model(images(model)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    weight = model.blocks[2].mlp.fc1.weight.clone()
+    assert torch.equal(tpbook.unprune(model).blocks[2].mlp.fc1.weight, weight)
+    assert model.training
+
+
+@pytest.mark.parametrize("method", tpbook.METHODS)
+def test_gradients_and_checkpointing(small, images, method):
+    model = tpbook.prune(small(), method, seed=5).train()
+    x = images(model)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(2)
+        model(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        assert all(stage.qkv is None for stage in model.stages)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_training_where_no_token_is_drawn(small, images, method):
+    model = tpbook.prune(small(), method, keep_ratio=0.3).train()
+    with torch.no_grad():  # a predictor that drops everything
+        for predictor in model.score_predictor:
+            predictor.out_conv[-2].bias.copy_(torch.tensor([-50.0, 50.0]))
+    with tpbook.trace(model) as t:
+        logits = model(images(model))
+    assert [d.sum(1).tolist() for d in t.decisions] == [[1.0, 1.0]] * 3
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("family", ["deit", "average", "siglip", "dinov2_reg"])
+def test_gather_equals_mask(small, images, family, method, monkeypatch):
+    """The training forward with the choices of eval mode is the eval forward."""
+    model = tpbook.prune(small(family), method, keep_ratio=0.6)
+    x = images(model)
+    with torch.no_grad(), tpbook.trace(model) as t:
+        want = model(x)
+    kept = iter(t.kept)
+
+    def chosen(log_probs, alive):
+        return torch.zeros_like(alive).scatter(1, next(kept), 1.0)
+
+    monkeypatch.setattr("tpbook.engine.sample", chosen)
+    torch.testing.assert_close(model.train()(x), want, atol=1e-4, rtol=1e-4)
+
+
+def test_training_forward_with_every_decision_keep_is_dense(small, images, monkeypatch):
+    model = small()
+    x = images(model)
+    want = model(x)
+    monkeypatch.setattr("tpbook.engine.sample", lambda log_probs, alive: torch.ones_like(alive))
+    torch.testing.assert_close(tpbook.prune(model, "dynamicvit").train()(x), want, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_random_draws(small, images):
+    model = tpbook.prune(small(), "random", keep_ratio=0.5, seed=7)
+    x = images(model)
+    assert torch.equal(model(x), model(x))
+    tpbook.unprune(model)
+    tpbook.prune(model, "random", keep_ratio=0.5)
+    torch.manual_seed(1)
+    first = model(x)
+    assert not torch.equal(first, model(x))
+    torch.manual_seed(1)
+    assert torch.equal(model(x), first)
+
+
+@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("score", ["predictor", "class_attention", "random", "static"])
+@torch.no_grad()
+def test_every_score_drives_every_method(small, images, method, score):
+    model = small()
+    x = images(model)
+    tpbook.prune(model, method, keep_ratio=0.5, score=score, seed=0)
+    with tpbook.trace(model) as t:
+        best = model(x)
+    tpbook.unprune(model)
+    tpbook.prune(model, method, keep_ratio=0.5, score=score, seed=0, invert=True)
+    if score == "predictor":  # new predictors each time
+        return
+    with tpbook.trace(model) as worst:
+        assert not torch.equal(model(x), best)
+    n = t.scores[0].shape[1]
+    k = n // 2
+    assert torch.equal(t.scores[0], worst.scores[0])
+    kept, dropped = t.kept[0][:, :k], worst.kept[0][:, :k]
+    assert (t.scores[0].gather(1, kept).amin(1) >= t.scores[0].gather(1, dropped).amax(1)).all()
+    if score == "static":  # the same patches for every image
+        assert torch.equal(kept[0], kept[1])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "says"),
+    [
+        ({"method": "evt"}, ValueError, "'evt'.*|method"),
+        ({"keep_ratio": 0}, ValueError, r"keep_ratio.*\(0, 1\].*0"),
+        ({"keep_ratio": 1.1}, ValueError, "keep_ratio.*1.1"),
+        ({"keep_ratio": float("nan")}, ValueError, "keep_ratio.*nan"),
+        ({"keep_ratio": "0.5"}, TypeError, "keep_ratio.*'0.5'"),
+        ({"keep_ratio": True}, TypeError, "keep_ratio.*True"),
+        ({"keep_ratio": None}, TypeError, "keep_ratio.*None"),
+        ({"keep_ratio": (0.5, 0.5)}, ValueError, "keep_ratio.*3 stages.*2"),
+        ({"at": ()}, ValueError, "at must"),
+        ({"at": (1, 6)}, ValueError, "at must.*0 to 5.*6"),
+        ({"at": (-1, 2)}, ValueError, "at must.*-1"),
+        ({"at": (2, 2)}, ValueError, "at must.*increasing"),
+        ({"at": (3, 1)}, ValueError, "at must.*increasing"),
+        ({"at": (1.0,)}, TypeError, "at must.*1.0"),
+        ({"at": 3}, TypeError, "at must.*3"),
+        ({"score": "best"}, ValueError, "score.*'best'"),
+        ({"invert": 1}, TypeError, "invert.*1"),
+        ({"seed": 1.5}, TypeError, "seed.*1.5"),
+        ({"fuse": "no"}, TypeError, "fuse.*'no'"),
+        ({"similarity": "cosine"}, TypeError, "similarity.*evit.*fuse"),
+        ({"method": "etps", "similarity": "dot"}, ValueError, "similarity.*'dot'"),
+        ({"method": "dtps", "score": "class_attention", "at": (0, 2)}, ValueError, "at=.*above 0"),
+        ({"ratio": 0.5}, TypeError, "'ratio'"),
+    ],
+)
+def test_bad_arguments_leave_the_model_alone(small, images, kwargs, error, says):
+    model = small()
+    x, before = images(model), dict(model.__dict__)
+    logits = model(x)
+    with pytest.raises(error, match=says):
+        tpbook.prune(model, **{"method": "evit", **kwargs})
+    assert model.__dict__ == before and torch.equal(model(x), logits)
+
+
+def test_models_that_cannot_be_pruned(small):
+    with pytest.raises(TypeError, match="VisionTransformer.*Linear"):
+        tpbook.prune(torch.nn.Linear(2, 2), "evit")
+    with pytest.raises(ValueError, match="cls_token is None"):
+        tpbook.prune(small("siglip"), "etps")
+    with pytest.raises(ValueError, match="cls_token is None"):  # registers alone do not help
+        tpbook.prune(small(class_token=False, reg_tokens=2, global_pool="avg"), "evit")
+    with pytest.raises(ValueError, match="blocks.*ParallelScalingBlock"):
+        from timm.models.vision_transformer import ParallelScalingBlock
+
+        tpbook.prune(small(block_fn=ParallelScalingBlock), "dynamicvit")
+    model = tpbook.prune(small(), "evit")
+    with pytest.raises(ValueError, match="already.*evit"):
+        tpbook.prune(model, "dtps")
+    tpbook.unprune(model)
+    with pytest.raises(ValueError, match="pruned"):
+        tpbook.unprune(model)
+
+
+def test_knob(small, images):
+    model = tpbook.prune(small(), "evit")
+    assert model.keep_ratio == 0.7 and model.pruning.at == (1, 3, 4)
+    model.keep_ratio = [0.9, 0.8, 0.7]
+    assert model.keep_ratio == (0.9, 0.8, 0.7)
+    for bad in (0, 2, "x", (0.5,)):
+        with pytest.raises((ValueError, TypeError), match="keep_ratio"):
+            model.keep_ratio = bad
+    assert model.keep_ratio == (0.9, 0.8, 0.7)
+    tpbook.unprune(model)
+    tpbook.prune(model, "dynamicvit")
+    with pytest.warns(UserWarning, match="one is kept"):
+        model.keep_ratio = 0.01
+    with pytest.warns(UserWarning), tpbook.trace(model) as t:
+        assert model(images(model)).isfinite().all()
+    assert [k.shape[1] for k in t.kept] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 12])
+def test_default_blocks(small, depth):
+    want = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 12: (3, 6, 9)}[depth]
+    assert tpbook.prune(small(depth=depth), "evit").pruning.at == want
+
+
+def test_pickle_survives_a_buffer(small, images):
+    model = tpbook.prune(small("distilled"), "dtps")
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert type(again) is type(model)
+    x = images(model)
+    assert torch.equal(again(x), model(x))

@@ -1,0 +1,101 @@
+"""MACs: the two counters agree with each other, and with what the papers print and plot."""
+
+import csv
+from functools import cache
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import tpbook
+from tpbook import flops
+
+PUBLISHED = list(csv.DictReader((Path(__file__).parent.parent / "book" / "published.csv").open()))
+
+
+@cache
+def backbone(name, image_size):
+    return timm.create_model(name, img_size=image_size)
+
+
+def gmacs(row, method=None, fuse=None):
+    """Ours for a published row, or for the same row under another method."""
+    model = backbone(row["model"], int(row["image_size"]))
+    method, fuse = method or row["method"], row["fuse"] if fuse is None else fuse
+    if method == "dense":
+        return flops.closed_form(model).total / 1e9
+    options = {"fuse": fuse == "True"} if method == "evit" else {}
+    tpbook.prune(model, method, keep_ratio=float(row["keep_ratio"]), at=map(int, row["at"].split()), **options)
+    try:
+        return flops.closed_form(model).total / 1e9
+    finally:
+        tpbook.unprune(model)
+
+
+@pytest.mark.parametrize(
+    "row", PUBLISHED, ids=lambda r: "-".join(r[k] for k in ("paper", "table", "model", "method", "at", "keep_ratio"))
+)
+def test_published(row):
+    ours, printed = gmacs(row), float(row["gmacs"])
+    if row["cause"] == "":
+        assert ours == pytest.approx(printed, abs=0.03 if row["tag"] == "D" else 0.05)
+        return
+    assert abs(ours - printed) > 0.05, "listed without need"
+    if row["cause"] == "rounded down":
+        assert int(ours * 10) / 10 == printed
+    elif row["cause"] == "between without and with predictor":
+        assert gmacs(row, "random") < printed < ours
+    elif row["cause"] == "printed as with fusion":
+        assert gmacs(row, fuse="True") == pytest.approx(printed, abs=0.05)
+    else:
+        pytest.fail(f"unknown cause {row['cause']!r}")
+
+
+FAMILIES = ["deit", "deit3", "dinov2_reg", "clip", "distilled", "average", "siglip", "qk_norm", "large_image", "any_size"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counters_agree(small, family):
+    model = small(family)
+    assert flops.count(model) == flops.closed_form(model)
+    assert flops.count(model, (112, 224)) == flops.closed_form(model, (112, 224))
+    for method in tpbook.METHODS:
+        for score in ("predictor", "class_attention", "static"):
+            if model.cls_token is None and (score == "class_attention" or method == "evit"):
+                continue
+            tpbook.prune(model, method, keep_ratio=(0.6, 1.0, 0.5), score=score)
+            assert flops.count(model) == flops.closed_form(model)
+            tpbook.unprune(model)
+
+
+def test_fused_or_not(small):
+    model = small()
+    fused = flops.count(model)
+    for block in model.blocks:
+        block.attn.fused_attn = not block.attn.fused_attn
+    assert flops.count(model) == fused
+
+
+def test_parts_and_mode(small):
+    model = tpbook.prune(small(), "dynamicvit", keep_ratio=0.5).train()
+    model.blocks[0].eval()
+    cost = flops.count(model)
+    assert model.training and not model.blocks[0].training and model.blocks[1].training
+    assert cost.total == cost.embed + sum(cost.by_block) + cost.head
+    assert all(isinstance(v, int) for v in (cost.total, cost.embed, cost.head, *cost.by_block))
+    assert cost.embed == 36 * 768 * 48 and cost.head == 48 * 10
+    c, n, t = 48, 36, 37
+    predictor = n * (c * c + c * c // 2 + c // 2 * c // 4 + c // 4 * 2)
+    assert cost.by_block[0] == t * 12 * c * c + 2 * t * t * c
+    assert cost.by_block[1] == predictor + 19 * 12 * c * c + 2 * 19 * 19 * c
+
+
+def test_bfloat16_and_errors(small):
+    model = small()
+    assert flops.count(small().to(torch.bfloat16)) == flops.count(model)
+    for bad in (100, (96,), 0, (96, -96), 96.0, "96"):
+        with pytest.raises((ValueError, TypeError), match="image_size"):
+            flops.count(model, bad)
+    with pytest.raises(TypeError, match="VisionTransformer"):
+        flops.closed_form(torch.nn.Linear(1, 1))

@@ -1,0 +1,99 @@
+"""What must hold for any numbers: token counts, selection, squeezing."""
+
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, localcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tpbook.engine import Stage, Tokens
+from tpbook.methods import METHODS, Method, token_counts
+from tpbook.tps import squeeze, squeeze_masked
+
+settings.register_profile("book", deadline=None)
+settings.load_profile("book")
+ratio = st.floats(0.01, 1.0) | st.integers(1, 100).map(lambda p: p / 100)
+seeds = st.integers(0, 2**31)
+FUSING = METHODS["evit"]
+
+
+def test_counts_of_the_papers():
+    def kept(name, rho):
+        return [c.kept for c in token_counts(196, [rho] * 3, METHODS[name])]
+
+    assert kept("dynamicvit", 0.7) == [137, 96, 67] and kept("dtps", 0.3) == [58, 17, 5]
+    assert kept("evit", 0.7) == [138, 98, 70] and kept("evit", 0.5) == [98, 50, 26]
+    assert kept("etps", 0.7) == [138, 97, 68] and kept("etps", 0.6) == [118, 71, 43]
+    assert token_counts(100, [0.7, 0.7], METHODS["random"])[1].kept == 49  # floats say 48
+    assert token_counts(100, [0.55], METHODS["etps"])[0].kept == 55  # floats say 56
+
+
+@given(st.integers(1, 2000), st.lists(ratio, min_size=1, max_size=4), st.sampled_from(list(METHODS)))
+@pytest.mark.filterwarnings("ignore:keep_ratio")
+def test_counts(patches, ratios, name):
+    counts = token_counts(patches, ratios, METHODS[name])
+    n, share = patches, Decimal(1)
+    with localcontext(prec=200):
+        for r, c in zip(ratios, counts, strict=True):
+            share *= Decimal(str(r))
+            if METHODS[name].count == "floor":
+                kept = (patches * share).to_integral_value(ROUND_FLOOR)
+            else:
+                kept = (n * Decimal(str(r))).to_integral_value(ROUND_CEILING)
+            assert c.enter == n and c.kept == max(1, int(kept)) and 1 <= c.kept <= c.enter
+            assert c.leave == c.kept + (METHODS[name].reduce == "fuse" and c.kept < n) and c.leave <= c.enter
+            assert r < 1 or name == "evit" or c.leave == c.enter
+            n = c.leave
+
+
+@given(st.integers(2, 30), st.data(), st.integers(0, 3), st.booleans(), seeds)
+def test_selection(n, data, prefix, invert, seed):
+    k = data.draw(st.integers(1, n))
+    torch.manual_seed(seed)
+    x, static = torch.randn(2, prefix + n, 5), torch.randn(n)
+    every = torch.arange(n).expand(2, -1)
+    stage = Stage(Method("static", "drop", "before", "floor", ""), invert, None).eval()
+    out = stage(Tokens(x, every, every), prefix, k, None, static, None, None)
+    assert torch.equal(out.x[:, :prefix], x[:, :prefix])  # prefix tokens stay, in front
+    assert out.x.shape[1] == prefix + k
+    for b in range(2):
+        assert torch.equal(out.x[b, prefix:], x[b, prefix + out.patch[b]])
+        kept = static[out.patch[b]]
+        others = static[[i for i in range(n) if i not in out.patch[b].tolist()]]
+        if k < n:
+            assert kept.max() <= others.min() if invert else kept.min() >= others.max()
+
+
+@given(st.integers(1, 12), st.integers(0, 12), seeds)
+def test_squeezing_averages(k, p, seed):
+    torch.manual_seed(seed)
+    kept, pruned = torch.randn(2, k, 6), torch.randn(2, max(p, 1), 6)[:, :p]
+
+    def direction(x, y):  # a similarity that ignores the last channel, which we set to one
+        x, y = x[..., :-1], y[..., :-1]
+        return torch.nn.functional.cosine_similarity(x.unsqueeze(2), y.unsqueeze(1), dim=-1)
+
+    kept[..., -1] = pruned[..., -1] = 1
+    out, host = squeeze(kept, pruned, direction)
+    torch.testing.assert_close(out[..., -1], torch.ones(2, k))  # weights sum to one
+    lonely = torch.ones(2, k, dtype=torch.bool).scatter(1, host, False)
+    torch.testing.assert_close(out[lonely], kept[lonely])  # nobody's host is unchanged
+    everyone = torch.cat([kept, pruned], dim=1)
+    assert (out <= everyone.amax(1, keepdim=True) + 1e-5).all()
+    assert (out >= everyone.amin(1, keepdim=True) - 1e-5).all()
+
+
+@given(st.integers(2, 16), st.data(), seeds)
+def test_squeezing_by_gather_equals_by_mask(n, data, seed):
+    torch.manual_seed(seed)
+    k = data.draw(st.integers(1, n - 1))
+    x, order = torch.randn(1, n, 8), torch.randperm(n)
+    kept, pruned = order[:k], order[k:]
+    out, host = squeeze(x[:, kept], x[:, pruned])
+    after = torch.zeros(1, n).scatter(1, kept[None], 1.0)
+    masked, to = squeeze_masked(x, torch.ones(1, n), after)
+    torch.testing.assert_close(masked[:, kept], out)
+    assert torch.equal(to[0, pruned], kept[host[0]])
+    assert torch.equal(to[0, kept], kept)
+    torch.testing.assert_close(masked[:, pruned], x[:, pruned])

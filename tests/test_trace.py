@@ -1,0 +1,85 @@
+"""`trace` tells which tokens survive and who carries whom, and changes nothing."""
+
+import pytest
+import torch
+
+import tpbook
+
+
+@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.6, (1.0, 0.5, 1.0)])
+@torch.no_grad()
+def test_eval(small, images, method, keep_ratio):
+    model = tpbook.prune(small(), method, keep_ratio=keep_ratio)
+    x = images(model)
+    torch.manual_seed(4)
+    want = model(x)
+    torch.manual_seed(4)
+    with tpbook.trace(model) as t:
+        assert torch.equal(model(x), want)
+    counts = model.pruning.counts(36)
+    assert [k.shape for k in t.kept] == [(2, c.leave) for c in counts]
+    assert [s.shape for s in t.scores] == [(2, c.enter) for c in counts]
+    assert t.features.shape == (2, counts[-1].leave, 48) and t.decisions == []
+    for kept in t.kept:
+        for row in kept:
+            patches = row[row >= 0]
+            assert len(patches.unique()) == len(patches) and patches.max() < 36
+    for before, after in zip(t.kept, t.kept[1:]):
+        assert all(set(a.tolist()) <= set(b.tolist()) | {-1} for a, b in zip(after, before))
+    assert "_trace" not in model.__dict__ and not model.norm._forward_hooks
+
+
+@pytest.mark.parametrize("method", ["dtps", "etps"])
+@torch.no_grad()
+def test_host(small, images, method):
+    model = tpbook.prune(small(), method, keep_ratio=0.6)
+    with tpbook.trace(model) as t:
+        model(images(model))
+    for kept, host in zip(t.kept, t.host, strict=True):
+        assert host.shape == (2, 36)
+        assert torch.equal(host.gather(1, kept), kept)  # itself for kept patches
+        assert all(set(h.tolist()) <= set(k.tolist()) for h, k in zip(host, kept))
+    for first, second in zip(t.host, t.host[1:]):  # transitive: who shared a host goes on sharing
+        assert torch.equal(second.gather(1, first), second)
+
+
+def test_training(small, images):
+    model = tpbook.prune(small(), "dtps").train()
+    with tpbook.trace(model) as t:
+        logits = model(images(model))
+    assert t.kept == [] and len(t.decisions) == len(t.scores) == len(t.host) == 3
+    for before, after in zip(t.decisions, t.decisions[1:]):
+        assert (after <= before + 1e-6).all()
+    assert t.decisions[-1].requires_grad and t.features.requires_grad
+    logits.sum().backward()
+
+
+def test_evit_trains_by_gathering(small, images):
+    model = tpbook.prune(small(), "evit", keep_ratio=0.5).train()
+    with tpbook.trace(model) as t:
+        model(images(model)).sum().backward()
+    assert [k.shape[1] for k in t.kept] == [19, 11, 7] and t.decisions == []
+    assert (t.kept[0][:, -1] == -1).all()
+
+
+def test_last_forward_and_errors(small, images):
+    model = tpbook.prune(small(), "random")
+    with tpbook.trace(model) as t:
+        model(images(model))
+        model(images(model, batch=3))
+    assert len(t.kept) == 3 and t.kept[0].shape[0] == 3
+    with pytest.raises(AssertionError), tpbook.trace(model):
+        model(torch.zeros(1, 3, 7, 7))
+    assert "_trace" not in model.__dict__
+    with pytest.raises(TypeError, match="VisionTransformer"), tpbook.trace(torch.nn.Linear(1, 1)):
+        pass
+
+
+@torch.no_grad()
+def test_dense_model_gives_features(small, images):
+    model = small()
+    x = images(model)
+    with tpbook.trace(model) as t:
+        model(x)
+    assert torch.equal(t.features, model.forward_features(x)[:, 1:]) and t.kept == []

@@ -1,0 +1,452 @@
+"""Drives a timm VisionTransformer with fewer and fewer tokens. The methods themselves are in the files beside it.
+
+`prune` swaps the model's class for one whose `forward_features` runs timm's own stem, blocks and norm, and calls a
+`Stage` before, or between the two halves of, the blocks listed in `at`. Nothing in the model is copied or replaced,
+so LayerScale, q/k norm, fused attention and every dtype stay what timm makes of them, and `unprune` swaps back.
+
+Shapes: B images, P prefix tokens, N patch tokens at the input, n ≤ N of them left, C channels, T = P + n.
+"""
+
+import functools
+import numbers
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from timm.layers import Attention, get_device_dtype
+from timm.models import VisionTransformer, checkpoint
+from timm.models.vision_transformer import Block, init_weights_vit_timm
+from torch import Tensor, nn
+
+from .baselines import random_scores, static_scores
+from .dynamicvit import KEEP, ScorePredictor, drop, masked_attention, sample
+from .evit import class_attention, fuse, weighted_sum
+from .methods import METHODS, SCORES, Method, token_counts
+from .tps import SIMILARITIES, squeeze, squeeze_masked
+from .tracing import Trace
+
+
+@dataclass
+class Tokens:
+    """The tokens of one forward, as they pass from stage to stage."""
+
+    x: Tensor  # (B, P + n, C)
+    patch: Tensor  # (B, n) the original patch of each patch token, −1 for a fused one
+    host: Tensor  # (B, N) the original patch whose token carries each patch
+    keep: Tensor | None = None  # (B, n) running keep mask D; only while a learned method trains
+    bias: Tensor | None = None  # (B, 1, T, T) attention bias that hides tokens with D = 0
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How a model is pruned: what `prune` was given, defaults filled in. `model.pruning` returns it."""
+
+    name: str
+    method: Method
+    at: tuple[int, ...]
+    keep_ratio: float | tuple[float, ...]
+    invert: bool
+    seed: int | None
+
+    @property
+    def ratios(self):
+        """One ρ a stage."""
+        return self.keep_ratio if isinstance(self.keep_ratio, tuple) else (self.keep_ratio,) * len(self.at)
+
+    @property
+    def attends(self):
+        """Whether a stage reads the class token's attention: to score, or to weigh what it fuses."""
+        return self.method.score == "class_attention" or self.method.reduce == "fuse"
+
+    def counts(self, patches):
+        """list of `StageCount`, one a stage, for N = `patches`."""
+        return token_counts(patches, self.ratios, self.method)
+
+
+class Stage(nn.Module):
+    """One pruning stage: score the patch tokens, choose, reduce. It has no parameters of its own."""
+
+    def __init__(self, method, invert, similarity):
+        super().__init__()
+        self.method, self.invert, self.similarity = method, invert, similarity
+        self.source = None  # the attention module whose class-attention row this stage reads
+        self.qkv = None  # (B, T, 3·H·D) that it made; held from its forward until this stage runs
+
+    def capture(self, module, args, qkv):
+        """Forward hook on `source.qkv`: the row is scored from what attention computes anyway."""
+        self.qkv = qkv
+
+    def forward(self, tokens, prefix, kept, predictor, static, generator, trace: Trace | None):
+        """Reduce `tokens` to `kept` patch tokens (one more after fusing), or sample who stays while training.
+
+        Args:
+            tokens: `Tokens` entering the stage.
+            prefix: P.
+            kept: how many patch tokens to keep.
+            predictor: `ScorePredictor`, for that score.
+            static: (N,) scores, for that score.
+            generator: torch.Generator of random scores, or None for the global one.
+            trace: where to record, or None.
+
+        Returns:
+            `Tokens` leaving the stage.
+        """
+        qkv, self.qkv = self.qkv, None
+        before, x = tokens.x[:, :prefix], tokens.x[:, prefix:]  # (B, P, C), (B, n, C)
+        score = self.method.score
+        if score == "random":  # drawn whether needed or not, so that later draws do not depend on the ratio
+            scores = random_scores(*x.shape[:2], device=x.device, generator=generator)
+        sampling = self.training and score == "predictor"
+        if kept >= x.shape[1] and not sampling and trace is None:
+            return tokens
+
+        if self.source is not None:
+            attention = class_attention(self.source, qkv, prefix, tokens.bias)  # (B, n)
+        if score == "class_attention":
+            scores = attention
+        elif score == "static":
+            scores = static[tokens.patch.clamp(min=0)].masked_fill(tokens.patch < 0, float("-inf"))
+        elif score == "predictor":
+            log_probs = predictor(x, tokens.keep)  # (B, n, 2)
+            scores = log_probs[..., KEEP]
+        if trace is not None:
+            trace.scores.append(scores)
+
+        if sampling:
+            tokens = self._sample(tokens, before, x, log_probs, attention if self.source is not None else None)
+        elif kept < x.shape[1]:
+            order = scores.argsort(dim=1, descending=not self.invert)  # (B, n), best first
+            chosen, others = order[:, :kept], order[:, kept:]
+            patch, host = drop(tokens.patch, chosen), tokens.host
+            if self.method.reduce == "drop":
+                x = drop(x, chosen)
+            elif self.method.reduce == "fuse":
+                x = fuse(x, chosen, others, attention)
+                patch = torch.cat([patch, patch.new_full((len(patch), 1), -1)], dim=1)
+            else:
+                x, guest_of = squeeze(drop(x, chosen), drop(x, others), self.similarity)
+                host = _move(host, tokens.patch, others, drop(patch, guest_of))
+            tokens = Tokens(torch.cat([before, x], dim=1), patch, host)
+
+        if trace is not None:
+            if tokens.keep is None:
+                trace.kept.append(tokens.patch)
+            else:
+                trace.decisions.append(tokens.keep[:, : tokens.host.shape[1]])
+            if self.method.reduce == "squeeze":
+                trace.host.append(tokens.host)
+        return tokens
+
+    def _sample(self, tokens, before, x, log_probs, attention):
+        """Training of a learned method: every token stays, a mask says which of them count."""
+        alive = tokens.keep if tokens.keep is not None else torch.ones_like(log_probs[..., KEEP])
+        keep = sample(log_probs.flip(-1) if self.invert else log_probs, alive)  # (B, n)
+        patch, host = tokens.patch, tokens.host
+        if self.method.reduce == "squeeze":
+            x, to = squeeze_masked(x, alive, keep, self.similarity)
+            host = _move(host, patch, torch.arange(x.shape[1], device=x.device).expand_as(to), drop(patch, to))
+        elif self.method.reduce == "fuse":
+            x = torch.cat([x, weighted_sum(x, attention * alive * (1 - keep))], dim=1)
+            keep = torch.cat([keep, torch.ones_like(keep[:, :1])], dim=1)
+            patch = torch.cat([patch, patch.new_full((len(patch), 1), -1)], dim=1)
+        everyone = torch.cat([torch.ones_like(keep[:, :1]).expand(-1, before.shape[1]), keep], dim=1)  # (B, T)
+        return Tokens(torch.cat([before, x], dim=1), patch, host, keep, masked_attention(everyone).to(x.dtype))
+
+
+def _move(host, patch, guests, hosts):
+    """Follow one squeezing: whatever patch the token at `guests` carried is now carried by `hosts`.
+
+    host (B, N), patch (B, n), guests (B, p) positions in patch, hosts (B, p) original patches → (B, N).
+    """
+    carrier = torch.arange(host.shape[1], device=host.device).expand_as(host)
+    return carrier.scatter(1, drop(patch, guests), hosts).gather(1, host)
+
+
+class PrunedViT:
+    """Mixed into the class of a pruned model, ahead of its timm class."""
+
+    @property
+    def pruning(self):
+        """The `Pruning` in force."""
+        return self._pruning
+
+    @property
+    def keep_ratio(self):
+        """ρ: a float for every stage, or a tuple of one a stage. Setting it checks it as `prune` does."""
+        return self._pruning.keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, ratio):
+        pruning = replace(self._pruning, keep_ratio=_check_ratio(ratio, len(self._pruning.at)))
+        pruning.counts(self.patch_embed.num_patches)  # warns where a stage would keep no token
+        self._pruning = pruning
+
+    def forward_features(self, images, attn_mask=None, is_causal=False):
+        """timm's `forward_features` with tokens removed: (B, in_chans, H, W) → (B, P + n, C).
+
+        Raises:
+            ValueError: `attn_mask` or `is_causal` is given; a mask over tokens that get removed has no meaning.
+        """
+        return self._run(images, attn_mask, is_causal).x
+
+    def forward(self, images, attn_mask=None, is_causal=False):
+        """Logits, in training and in eval mode: (B, in_chans, H, W) → (B, classes)."""
+        tokens = self._run(images, attn_mask, is_causal)
+        self._pool_keep = tokens.keep
+        try:
+            return self.forward_head(tokens.x)
+        finally:
+            self._pool_keep = None
+
+    def _run(self, images, attn_mask, is_causal):
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask and is_causal must be left unset on a pruned model: its tokens get removed")
+        pruning, trace = self._pruning, self.__dict__.get("_trace")
+        if trace is not None:
+            trace.clear()
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))  # (B, P + N, C)
+        prefix = self.num_prefix_tokens
+        patches = int(x.shape[1]) - prefix
+        counts = pruning.counts(patches)
+        static = static_scores(self._grid(images), x.device) if pruning.method.score == "static" else None
+        generator = None if pruning.seed is None else torch.Generator(x.device).manual_seed(pruning.seed)
+
+        every = torch.arange(patches, device=x.device).expand(len(x), -1)  # (B, N)
+        tokens = Tokens(x, every, every)
+        for i, block in enumerate(self.blocks):
+            if i not in pruning.at:
+                tokens.x = self._block(block, tokens)
+                continue
+            s = pruning.at.index(i)
+            predictor = self.score_predictor[s] if pruning.method.score == "predictor" else None
+            args = (prefix, counts[s].kept, predictor, static, generator, trace)
+            if pruning.method.place == "before":
+                tokens = self.stages[s](tokens, *args)
+                tokens.x = self._block(block, tokens)
+            else:  # the two halves of timm's `Block.forward`
+                x, bias = tokens.x, tokens.bias
+                tokens.x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
+                tokens = self.stages[s](tokens, *args)
+                x = tokens.x
+                tokens.x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        tokens.x = self.norm(tokens.x)
+        return tokens
+
+    def _block(self, block, tokens):
+        listened = block.attn.qkv._forward_hooks  # recomputing such a block would call the stage's hook again
+        if self.grad_checkpointing and torch.is_grad_enabled() and not listened:
+            return checkpoint(block, tokens.x, attn_mask=tokens.bias)
+        return block(tokens.x, attn_mask=tokens.bias)
+
+    def _grid(self, images):
+        """(rows, columns) of patches."""
+        embed = self.patch_embed
+        return embed.dynamic_feat_size(images.shape[-2:]) if self.dynamic_img_size else embed.grid_size
+
+    def pool(self, x, pool_type=None):
+        """timm's `pool`; while a learned method trains, tokens it decided to drop do not enter the pool.
+
+        That needs the decisions of the forward, so it holds inside `model(images)` only: `forward_head` called
+        by itself in training mode pools every token.
+        """
+        keep = self._pool_keep  # (B, n)
+        pool_type = self.global_pool if pool_type is None else pool_type
+        if keep is None or pool_type in ("token", ""):
+            return super().pool(x, pool_type)
+        prefix = self.num_prefix_tokens
+        if self.pool_include_prefix:
+            keep = torch.cat([torch.ones_like(keep[:, :1]).expand(-1, prefix), keep], dim=1)
+        else:
+            x = x[:, prefix:]
+        if self.attn_pool is not None:
+            return self.attn_pool(x, attn_mask=(keep.float() + 1e-20).log().to(x.dtype)[:, None, None, :])
+        keep = keep.unsqueeze(-1).to(x.dtype)
+        mean = (x * keep).sum(dim=1) / keep.sum(dim=1)
+        peak = x.masked_fill(keep < 0.5, float("-inf")).amax(dim=1)
+        return {"avg": mean, "max": peak, "avgmax": 0.5 * (mean + peak)}[pool_type]
+
+    def forward_intermediates(self, *args, **kwargs):
+        """Refused: tokens that were removed leave no feature map.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError("a pruned model has no feature maps: use tpbook.trace, or tpbook.unprune it first")
+
+    def __reduce_ex__(self, protocol):  # the class is made at run time, so pickle is told how
+        return _empty, (type(self)._unpruned,), self.__dict__
+
+
+@functools.cache
+def _pruned_class(base):
+    return type(f"Pruned{base.__name__}", (PrunedViT, base), {"_unpruned": base, "__module__": __name__})
+
+
+def _empty(base):
+    cls = _pruned_class(base)
+    return cls.__new__(cls)
+
+
+def prune(model, method, *, keep_ratio=0.7, at=None, **options):
+    """Prune a timm VisionTransformer in place.
+
+    Args:
+        model: a timm `VisionTransformer` of attention → MLP blocks; its mode, device and dtype stay.
+        method: a name of `tpbook.METHODS`.
+        keep_ratio: ρ ∈ (0, 1], relative to the tokens entering a stage; one for all stages, or a sequence of one a
+            stage. `model.keep_ratio = …` changes it later.
+        at: 0-based indices of the pruned blocks, strictly increasing. Default (d//4, d//2, 3·d//4) for d blocks,
+            duplicates dropped: (3, 6, 9) for 12.
+        **options: `score`, one of "predictor", "class_attention", "random", "static" (default: the method's own; before
+            a block the class attention is that of the block before); `invert`, keep the worst tokens instead of the
+            best; `seed`, an int that makes random scores the same in every forward of the same shape (None draws
+            from torch's global generator); `fuse` (EViT), False drops what would be fused; `similarity` (TPS), "cosine",
+            "euclidean" or a function (B, p, C), (B, k, C) → (B, p, k) that is at most 1.
+
+    Returns:
+        The same object. Predictors of a learned score are new, untrained parameters `model.score_predictor`.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used, named with its value and what is allowed. The model
+            is then as it was.
+
+    Warns:
+        UserWarning: a stage would keep no token; it keeps one.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
+    if isinstance(model, PrunedViT):
+        raise ValueError(f"model is pruned already, by {model.pruning.name!r}: tpbook.unprune it first")
+    pruning, similarity = _check(model, method, keep_ratio, at, options)
+    pruning.counts(model.patch_embed.num_patches)  # warns where a stage would keep no token
+
+    model.stages = nn.ModuleList(Stage(pruning.method, pruning.invert, similarity) for _ in pruning.at)
+    if pruning.attends:
+        for stage, i in zip(model.stages, pruning.at):
+            attn = model.blocks[i - (pruning.method.place == "before")].attn
+            # behind nn.Module's back: the attention is registered once already, in its block
+            stage.__dict__["source"] = attn
+            attn.qkv.register_forward_hook(stage.capture)
+    if pruning.method.score == "predictor":
+        dd = get_device_dtype(model)
+        model.score_predictor = nn.ModuleList(ScorePredictor(model.embed_dim, **dd) for _ in pruning.at)
+        model.score_predictor.apply(init_weights_vit_timm)
+    for module in (model.stages, getattr(model, "score_predictor", None)):
+        if module is not None:
+            module.train(model.training)
+    model._pruning, model._pool_keep = pruning, None
+    model.__class__ = _pruned_class(type(model))
+    return model
+
+
+def unprune(model):
+    """Undo `prune`: the class, the state dict, the mode and the outputs are what they were.
+
+    Parameters trained meanwhile stay trained; the score predictors are gone.
+
+    Args:
+        model: a pruned model.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is not pruned.
+    """
+    if not isinstance(model, PrunedViT):
+        raise ValueError(f"model must be pruned by tpbook.prune, got a plain {type(model).__name__}")
+    for stage in model.stages:
+        if stage.source is not None:
+            hooks = stage.source.qkv._forward_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is stage]:
+                del hooks[key]
+    del model.stages, model._pruning, model._pool_keep
+    if hasattr(model, "score_predictor"):
+        del model.score_predictor
+    model.__class__ = type(model)._unpruned
+    return model
+
+
+def _check(model, name, keep_ratio, at, options):
+    """The `Pruning` and the similarity function that the arguments of `prune` ask for; raises if they cannot be."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    allowed = {"score", "invert", "seed"}
+    allowed |= {"fuse"} if method.reduce == "fuse" else {"similarity"} if method.reduce == "squeeze" else set()
+    for option in options:
+        if option not in allowed:
+            raise TypeError(f"option {option!r} is not known to {name}, which takes {', '.join(sorted(allowed))}")
+
+    score, seed = options.get("score", method.score), options.get("seed")
+    similarity = options.get("similarity", "cosine")
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    for flag in ("invert", "fuse"):
+        if not isinstance(options.get(flag, True), bool):
+            raise TypeError(f"{flag} must be True or False, got {options[flag]!r}")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
+        raise TypeError(f"seed must be an int or None, got {seed!r}")
+    if not callable(similarity):
+        if similarity not in SIMILARITIES:
+            raise ValueError(f"similarity must be one of {', '.join(SIMILARITIES)} or a function, got {similarity!r}")
+        similarity = SIMILARITIES[similarity]
+    reduce = method.reduce if options.get("fuse", True) else "drop"
+
+    at = _check_at(at, len(model.blocks))
+    pruning = Pruning(
+        name, replace(method, score=score, reduce=reduce), at, _check_ratio(keep_ratio, len(at)),
+        options.get("invert", False), seed,
+    )  # fmt: skip
+    _check_blocks(model, pruning)
+    return pruning, similarity
+
+
+def _check_blocks(model, pruning):
+    for i, block in enumerate(model.blocks):
+        if type(block).forward is not Block.forward:
+            raise ValueError(f"blocks[{i}] must be a timm Block (attention → MLP), got {type(block).__name__}")
+    if pruning.attends:
+        what = f"{pruning.name} with score={pruning.method.score!r}"
+        if model.cls_token is None:
+            raise ValueError(f"{what} reads the class token's attention, and this model's cls_token is None")
+        if pruning.method.place == "before" and pruning.at[0] == 0:
+            raise ValueError(f"{what} reads the attention of the block before, so at={pruning.at} must start above 0")
+        for i in pruning.at:
+            if type(model.blocks[i].attn).forward is not Attention.forward:
+                got = type(model.blocks[i].attn).__name__
+                raise ValueError(f"{what} needs timm's Attention in blocks[{i}], got {got}")
+    if pruning.method.score == "static" and not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError("score='static' needs every patch in its place: build the model with patch_drop_rate=0")
+    if pruning.method.score == "predictor" and model.global_pool == "prr":
+        raise ValueError("a learned score cannot train on a model with global_pool='prr', whose pool takes no mask")
+
+
+def _check_at(at, depth):
+    if at is None:
+        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+    if isinstance(at, (str, bytes)) or not isinstance(at, Iterable):
+        raise TypeError(f"at must be a sequence of block indices, got {at!r}")
+    at = tuple(at)
+    for i in at:
+        if isinstance(i, bool) or not isinstance(i, numbers.Integral):
+            raise TypeError(f"at must hold ints, got {i!r} in {at}")
+        if not 0 <= i < depth:
+            raise ValueError(f"at must hold indices from 0 to {depth - 1}, got {i} in {at}")
+    if not at or any(b <= a for a, b in zip(at, at[1:])):
+        raise ValueError(f"at must name at least one block, strictly increasing, got {at}")
+    return tuple(int(i) for i in at)
+
+
+def _check_ratio(ratio, stages):
+    several = isinstance(ratio, Iterable) and not isinstance(ratio, (str, bytes, Tensor))
+    ratios = tuple(ratio) if several else (ratio,)
+    for r in ratios:
+        if isinstance(r, bool) or not isinstance(r, numbers.Real):
+            raise TypeError(f"keep_ratio must be a number or a sequence of numbers, got {r!r}")
+        if not 0 < r <= 1:
+            raise ValueError(f"keep_ratio must lie in (0, 1], got {r!r}")
+    if several and len(ratios) != stages:
+        raise ValueError(f"keep_ratio must be one number or one for each of {stages} stages, got {len(ratios)}: {ratio!r}")
+    ratios = tuple(float(str(r)) for r in ratios)  # str: the decimal that was written, for NumPy's float32 too
+    return ratios if several else ratios[0]

@@ -1,0 +1,54 @@
+"""EViT (Liang et al. 2022): the class token's attention scores the tokens; the inattentive ones are fused into one.
+
+Between the attention and the MLP of each pruned block (Sections 3.1 and 3.2; official file `evit.py`)
+
+    a = mean over heads of softmax(q_cls Kᵀ / √d), patch tokens only              `class_attention`
+    the ⌈ρ·n⌉ tokens of the highest a stay, and x_f = Σ_{i dropped} a_i x_i       `fuse`
+
+a comes from a softmax over every token, the class token among them, so the weights of x_f sum to less than one:
+it is a sum, not an average. Afterwards x_f is a token like any other: counted, scored, perhaps fused again.
+"""
+
+import torch
+
+from .dynamicvit import drop
+
+
+def class_attention(attn, qkv, prefix, bias=None):
+    """One row of the attention matrix: how much the class token looks at each patch token.
+
+    Args:
+        attn: the timm `Attention` that made `qkv`.
+        qkv: (B, T, 3·H·D), the output of `attn.qkv`.
+        prefix: P, prefix tokens; the class token is the first of them.
+        bias: (B, 1, T, T) additive attention mask, or None.
+
+    Returns:
+        (B, T − P) float32, the mean over heads.
+    """
+    q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    q, k = attn.q_norm(q[:, :, :1]), attn.k_norm(k)
+    row = (q * attn.scale) @ k.transpose(-2, -1)  # (B, H, 1, T)
+    if bias is not None:
+        row = row + bias[:, :, :1]
+    return row.float().softmax(dim=-1).mean(dim=1)[:, 0, prefix:]
+
+
+def fuse(x, kept, dropped, weights):
+    """Keep the chosen tokens and append one that sums the others by their weight.
+
+    Args:
+        x: (B, n, C) patch tokens.
+        kept: (B, k) int64, positions in x.
+        dropped: (B, n − k) int64, the other positions.
+        weights: (B, n), a.
+
+    Returns:
+        (B, k + 1, C): the kept tokens in the order of `kept`, the fused one last.
+    """
+    return torch.cat([drop(x, kept), weighted_sum(drop(x, dropped), drop(weights, dropped))], dim=1)
+
+
+def weighted_sum(x, weights):
+    """x_f = Σ_i a_i x_i: (B, p, C) tokens and (B, p) weights to (B, 1, C)."""
+    return weights.unsqueeze(1).to(x.dtype) @ x
