@@ -10,8 +10,8 @@
     tpbook.unprune(model)                         # exactly the model it was
 """
 
-from . import flops
-# from .backbones import load_backbone, load_checkpoint
+from . import data, flops
+from .backbones import load_backbone, load_checkpoint
 from .engine import prune, unprune
 from .methods import METHODS, Method
 from .tracing import Trace, trace

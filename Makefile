@@ -1,0 +1,44 @@
+# `make book` renders the book, `make test` passes the tests; both make the environment first. See README.md.
+PYTHON ?= python3
+TPBOOK_DATA ?= ../shared/data
+TPBOOK_WEIGHTS ?= ../shared/weights
+# absolute, since notebooks run in their own folder
+override TPBOOK_DATA := $(abspath $(TPBOOK_DATA))
+override TPBOOK_WEIGHTS := $(abspath $(TPBOOK_WEIGHTS))
+export TPBOOK_DATA TPBOOK_WEIGHTS
+
+photographs := $(and $(wildcard $(TPBOOK_DATA)/imagenette2-160),$(wildcard $(TPBOOK_DATA)/nips2017-dev),$(wildcard $(TPBOOK_WEIGHTS)/deit_tiny_patch16_224.safetensors))
+PROFILE ?= $(if $(photographs),imagenette,digits)
+
+env := .venv/.ready
+bin := .venv/bin
+out := _build/$(PROFILE)
+notebooks := $(wildcard notebooks/*.ipynb)
+executed := $(notebooks:%=$(out)/%)
+package := $(wildcard tpbook/*.py tpbook/weights/*)
+pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
+site := $(out)/site/_build/html/index.html
+
+.PHONY: book test clean
+.DELETE_ON_ERROR:
+
+book: $(site)
+	@echo "The book ($(PROFILE)) is at $(abspath $(site))"
+
+test: $(env)
+	$(bin)/python -m pytest -n auto
+
+clean:
+	rm -rf _build
+
+$(env): requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py book/published.csv $(package) $(env)
+	$(bin)/python notebooks/run.py $< $@ profile=$(PROFILE) out=../$(out)/results
+
+$(site): $(executed) $(pages) $(package) $(env)
+	$(bin)/python book/render.py $(out)
+	touch $@

@@ -1,0 +1,102 @@
+"""The book's pictures: one colour and mark a method everywhere, and token maps on images. Needs matplotlib, seaborn."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+
+# Okabe and Ito's palette, told apart by colour-blind readers; the marks tell them apart in grey
+COLOURS = {
+    "dense": "#000000", "random": "#7f7f7f", "dynamicvit": "#0072B2", "evit": "#D55E00", "evit, no fusion": "#E69F00",
+    "dtps": "#56B4E9", "etps": "#009E73",
+}  # fmt: skip
+MARKS = {"dense": "D", "random": "o", "dynamicvit": "s", "evit": "^", "evit, no fusion": "v", "dtps": "P", "etps": "X"}
+NAMES = {
+    "dense": "dense", "random": "random", "dynamicvit": "DynamicViT", "evit": "EViT", "evit, no fusion": "EViT, no fusion",
+    "dtps": "dTPS", "etps": "eTPS",
+}  # fmt: skip
+
+
+def style():
+    """Set the book's look for every figure that follows."""
+    sns.set_theme(context="notebook", style="ticks", rc={
+        "figure.dpi": 100, "savefig.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "svg.hashsalt": "tpbook",
+    })  # fmt: skip
+
+
+def save(figure, folder, name):
+    """Write a figure for the pages as `folder/name`, ending .svg (lines) or .png (photographs).
+
+    The book's pages read it from there, with a text alternative of their own.
+    """
+    figure.savefig(f"{folder}/{name}", metadata={"Date": None} if name.endswith("svg") else None)
+
+
+def image_of(x, mean, std):
+    """A normalised (C, H, W) tensor back as an (H, W, 3) array in [0, 1]."""
+    x = x.permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
+    return np.broadcast_to(x, (*x.shape[:2], 3)).clip(0, 1)
+
+
+def show_kept(ax, image, kept, grid, title=""):
+    """Draw an image with the patches that are gone whitened.
+
+    Args:
+        ax: matplotlib axes.
+        image: (H, W, 3) in [0, 1].
+        kept: (n,) patch indices; negative ones (fused tokens) have no place and are left out.
+        grid: (rows, columns) of patches.
+        title: above the picture.
+    """
+    alive = np.zeros(grid[0] * grid[1], bool)
+    alive[[int(i) for i in kept if i >= 0]] = True
+    alive = _enlarge(alive.reshape(grid), image.shape)
+    ax.imshow(np.where(alive[..., None], image, 0.15 * image + 0.85))
+    _frame(ax, title)
+
+
+def show_hosts(ax, image, host, grid, title=""):
+    """Draw which token carries which patch: each group of patches in the mean colour of its image, outlined.
+
+    Args:
+        ax, image, grid, title: as in `show_kept`.
+        host: (N,) the patch whose token carries each patch.
+    """
+    host = np.asarray(host)
+    groups = _enlarge(host.reshape(grid), image.shape)
+    flat = image.copy()
+    for h in np.unique(host):
+        flat[groups == h] = image[groups == h].mean(axis=0)
+    ax.imshow(flat)
+    rows, columns = grid
+    tall, wide = image.shape[0] / rows, image.shape[1] / columns
+    of = host.reshape(grid)
+    for r in range(rows):
+        for c in range(columns):
+            x, y = c * wide - 0.5, r * tall - 0.5
+            if c and of[r, c] != of[r, c - 1]:
+                ax.plot([x, x], [y, y + tall], color="white", lw=0.6)
+            if r and of[r, c] != of[r - 1, c]:
+                ax.plot([x, x + wide], [y, y], color="white", lw=0.6)
+    for h in np.unique(host):  # a dot where the token itself was
+        ax.plot((h % columns + 0.5) * wide - 0.5, (h // columns + 0.5) * tall - 0.5, ".", color="#E69F00", ms=3)
+    _frame(ax, title)
+
+
+def _enlarge(patches, shape):
+    rows = np.arange(shape[0]) * patches.shape[0] // shape[0]
+    columns = np.arange(shape[1]) * patches.shape[1] // shape[1]
+    return patches[rows][:, columns]
+
+
+def _frame(ax, title):
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+    sns.despine(ax=ax, left=True, bottom=True)
+    ax.set_title(title, fontsize=9)
+
+
+def figure(rows, columns, size=2.0):
+    """A grid of square axes, `size` inches each. → figure, (rows, columns) array of axes."""
+    return plt.subplots(rows, columns, figsize=(size * columns, size * rows * 1.1), squeeze=False, layout="constrained")
