@@ -55,7 +55,7 @@ def test_images_of_every_mode_become_rgb(tree):
     assert {image.mode for image, _ in data.ImageNetFolder(folder.parent)} == {"RGB"}
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", "truncated"])
+@pytest.mark.parametrize("content", [b"", b"no image", b"P6 1", "truncated"])
 def test_image_that_does_not_decode(tree, content):
     bad = tree / "train" / "n01440764" / "a.JPEG"
     if content == "truncated":
@@ -145,7 +145,7 @@ def test_digits():
     brightness = (digits.images.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))).flatten(1)
     on, off = brightness[digits.digit_patches].mean(), brightness[~digits.digit_patches].mean()
     assert on > off + 1  # the digit is where the patches say
-    for bad in ({"split": "val"}, {"per_digit": 0}):
+    for bad in ({"split": "val"}, {"per_digit": 0}, {"fragments": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}.*{next(iter(bad.values()))}"):
             data.digits(**bad)
 

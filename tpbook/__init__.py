@@ -1,4 +1,4 @@
-"""Token pruning in vision transformers: four methods, one engine, any timm ViT.
+"""Token pruning in vision transformers: four methods, one engine, any timm ViT::
 
     import timm, tpbook
 

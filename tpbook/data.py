@@ -13,6 +13,7 @@ import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
+from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch.utils.data import ConcatDataset
 from torchvision.datasets import ImageFolder, Imagenette
@@ -93,7 +94,7 @@ def load_image(path):
     """A PIL image in RGB; ValueError naming the file where it does not decode."""
     try:
         return pil_loader(path)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises them all
         raise ValueError(f"{path} does not decode as an image: {error}") from error
 
 

@@ -3,7 +3,8 @@
 scikit-learn's 1,797 digits of 8 × 8 pixels are split into train and test first. Each is then enlarged and placed at a
 random spot of a 56 × 56 canvas, among fragments of other digits of the same split and noise. Cut into patches of 4 × 4
 pixels a canvas has 14 × 14 = 196 of them, as many as a 224 px photograph has patches of 16, so every keep ratio means
-the papers' token counts; and which patches carry the digit is known.
+the papers' token counts; and which patches carry the digit is known. No fragment covers the digit: it clears the square
+it stands in, so an empty square is a weak hint of where it is.
 """
 
 import functools
@@ -49,12 +50,14 @@ def digits(split="test", *, seed=0, per_digit=1, fragments=FRAGMENTS):
         Digits: digit after digit, `per_digit` canvases each.
 
     Raises:
-        ValueError: `split` is neither "train" nor "test", or `per_digit` is less than 1.
+        ValueError: `split` is neither "train" nor "test", `per_digit` is less than 1 or `fragments` less than 0.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if per_digit < 1:
         raise ValueError(f"per_digit must be at least 1, got {per_digit!r}")
+    if fragments < 0:
+        raise ValueError(f"fragments must be at least 0, got {fragments!r}")
     glyphs, labels = _glyphs(split)
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     order = np.repeat(np.arange(len(glyphs)), per_digit)

@@ -1,6 +1,6 @@
 """DynamicViT (Rao et al. 2021): a small network scores the tokens and learns to, end to end.
 
-Before each pruned block (Section 3.2 of the paper; official file `models/dyvit.py`)
+Before each pruned block (Section 3.2 of the paper; official file ``models/dyvit.py``)::
 
     z = [MLP_loc(x) ; mean over living tokens of MLP_glob(x)],   π = LogSoftmax(MLP(z))       `ScorePredictor`
     training:   D ← D ⊙ GumbelSoftmax(π)_keep, straight through                                `sample`

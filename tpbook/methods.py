@@ -1,10 +1,12 @@
-"""What the methods are: points on three axes, and how many tokens each keeps.
+"""What the methods are: points on three axes, and how many tokens each keeps::
 
     score    what says how much a token matters: `predictor` (a small learned network), `class_attention`
              (the class token's attention row), `random`, `static` (the patch's place in the image alone)
     reduce   what becomes of the others: `drop` them, `fuse` them into one token, `squeeze` each into its most
              similar kept token
     place    where in block i: `before` it, or `between` its attention and its MLP
+
+One paper, one file: `dynamicvit.py`, `evit.py` and `tps.py` hold the scores and reductions; `engine.py` drives them.
 """
 
 import math

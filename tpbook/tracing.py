@@ -31,7 +31,7 @@ class Trace:
 
 @contextmanager
 def trace(model):
-    """Record what a ViT's forward does with its tokens, without changing any output.
+    """Record what a ViT's forward does with its tokens, without changing any output::
 
         with tpbook.trace(model) as t:
             logits = model(images)
