@@ -26,7 +26,10 @@ def test_training_starts_to_learn_and_writes_whole_files(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(tmp_path), *recipe])
     monkeypatch.setattr(pretrain_digits, "evaluate", lambda model: (80, 797))
     pretrain_digits.main()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["vit_digits_patch4_56.json", "vit_digits_patch4_56.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "vit_digits_patch4_56.json",
+        "vit_digits_patch4_56.safetensors",
+    ]
     figures = json.loads((tmp_path / "vit_digits_patch4_56.json").read_text())
     assert figures["images_seen"] == 1000 and figures["recipe"]["batch"] == 250
     tpbook.load_checkpoint(tpbook.backbones.build_digits_vit(), tmp_path / "vit_digits_patch4_56.safetensors")

@@ -118,7 +118,9 @@ def test_eval_transform_is_timms():
 @needs_data
 def test_the_real_sets():
     test = data.imagenette("test")
-    assert len(test) == 500 and len(data.imagenette("train")) == 9469 - 366 and len(data.imagenette("val")) == 3925 - 134
+    assert (
+        len(test) == 500 and len(data.imagenette("train")) == 9469 - 366 and len(data.imagenette("val")) == 3925 - 134
+    )
     photos = data.nips2017_dev()
     assert len(photos) == 1000 and len(photos.class_indices) == 430
     rows = data.attribution()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import FAMILIES
 
 import tpbook
 from tpbook import flops
@@ -50,9 +51,6 @@ def test_published(row):
         assert gmacs(row, fuse="True") == pytest.approx(printed, abs=0.05)
     else:
         pytest.fail(f"unknown cause {row['cause']!r}")
-
-
-FAMILIES = ["deit", "deit3", "dinov2_reg", "clip", "distilled", "average", "siglip", "qk_norm", "large_image", "any_size"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

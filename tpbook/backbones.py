@@ -22,8 +22,9 @@ def build_digits_vit(**kwargs):
     Args:
         **kwargs: passed on to timm's `VisionTransformer`, over the defaults.
     """
-    size = {"img_size": SIZE, "patch_size": PATCH, "in_chans": 1, "num_classes": 10}
-    return VisionTransformer(**{**size, "embed_dim": 64, "depth": 12, "num_heads": 2, "mlp_ratio": 2, "weight_init": "jax", **kwargs})
+    images = {"img_size": SIZE, "patch_size": PATCH, "in_chans": 1, "num_classes": 10}
+    width = {"embed_dim": 64, "depth": 12, "num_heads": 2, "mlp_ratio": 2, "weight_init": "jax"}
+    return VisionTransformer(**{**images, **width, **kwargs})
 
 
 def load_backbone(name, **kwargs):

@@ -17,13 +17,13 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch.utils.data import ConcatDataset
 from torchvision.datasets import ImageFolder, Imagenette
-from torchvision.datasets.folder import has_file_allowed_extension, IMG_EXTENSIONS, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, pil_loader
 
 from .digits import MEAN, STD, Digits, digits
 
 __all__ = [
-    "MEAN", "STD", "Digits", "ImageNetFolder", "attribution", "class_name", "digits", "eval_transform", "imagenette", "nips2017_dev",
-    "root",
+    "MEAN", "STD", "Digits", "ImageNetFolder", "attribution", "class_name", "digits", "eval_transform", "imagenette",
+    "nips2017_dev", "root",
 ]  # fmt: skip
 
 IMAGENETTE, NIPS = "imagenette2-160", "nips2017-dev"
@@ -76,7 +76,8 @@ class ImageNetFolder(ImageFolder):
 
         super().__init__(path, transform=transform, loader=load_image, is_valid_file=wanted, allow_empty=True)
         if not self.samples:
-            raise ValueError(f"{path} holds no image file matching {pattern!r}" + (f", {exclude!r} left out" if exclude else ""))
+            left_out = f", {exclude!r} left out" if exclude else ""
+            raise ValueError(f"{path} holds no image file matching {pattern!r}{left_out}")
         self.class_indices = tuple(sorted(set(self.targets)))
 
     def find_classes(self, directory):
@@ -86,7 +87,8 @@ class ImageNetFolder(ImageFolder):
             raise ValueError(f"{directory} holds no image folder; one a class is expected, named by WordNet id")
         for folder in folders:
             if folder not in known:
-                raise ValueError(f"folder {Path(directory) / folder} is no WordNet id of ImageNet-1k (such as n01440764)")
+                where = Path(directory) / folder
+                raise ValueError(f"folder {where} is no WordNet id of ImageNet-1k (such as n01440764)")
         return folders, {folder: known[folder] for folder in folders}
 
 
@@ -139,7 +141,8 @@ def imagenette(split, transform=None):
     """
     held_out, path = "ILSVRC2012_val_*", root(IMAGENETTE)
     if split == "test":
-        return ConcatDataset([ImageNetFolder(path / s, transform=transform, pattern=held_out) for s in ("train", "val")])
+        folders = [path / "train", path / "val"]
+        return ConcatDataset([ImageNetFolder(f, transform=transform, pattern=held_out) for f in folders])
     if split not in ("train", "val"):
         raise ValueError(f"split must be one of train, val, test, got {split!r}")
     return ImageNetFolder(path / split, transform=transform, exclude=held_out)

@@ -300,8 +300,8 @@ def prune(model, method, *, keep_ratio=0.7, at=None, **options):
         **options: `score`, one of "predictor", "class_attention", "random", "static" (default: the method's own; before
             a block the class attention is that of the block before); `invert`, keep the worst tokens instead of the
             best; `seed`, an int that makes random scores the same in every forward of the same shape (None draws
-            from torch's global generator); `fuse` (EViT), False drops what would be fused; `similarity` (TPS), "cosine",
-            "euclidean" or a function (B, p, C), (B, k, C) → (B, p, k) that is at most 1.
+            from torch's global generator); `fuse` (EViT), False drops what would be fused; `similarity` (TPS),
+            "cosine", "euclidean" or a function (B, p, C), (B, k, C) → (B, p, k) that is at most 1.
 
     Returns:
         The same object. Predictors of a learned score are new, untrained parameters `model.score_predictor`.
@@ -447,6 +447,6 @@ def _check_ratio(ratio, stages):
         if not 0 < r <= 1:
             raise ValueError(f"keep_ratio must lie in (0, 1], got {r!r}")
     if several and len(ratios) != stages:
-        raise ValueError(f"keep_ratio must be one number or one for each of {stages} stages, got {len(ratios)}: {ratio!r}")
+        raise ValueError(f"keep_ratio must be one number or one for each of {stages} stages, got {ratio!r}")
     ratios = tuple(float(str(r)) for r in ratios)  # str: the decimal that was written, for NumPy's float32 too
     return ratios if several else ratios[0]

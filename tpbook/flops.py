@@ -150,7 +150,7 @@ def _at_size(model, image_size):
     size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
     patch = model.patch_embed.patch_size
     if len(size) != 2 or any(not isinstance(s, int) or s <= 0 or s % p for s, p in zip(size, patch)):
-        raise ValueError(f"image_size must be one or two positive multiples of the patch size {patch}, got {image_size!r}")
+        raise ValueError(f"image_size must be one or two multiples of the patch size {patch}, got {image_size!r}")
     if size != own and not model.dynamic_img_size:
         model = deepcopy(model)
         model.set_input_size(size)

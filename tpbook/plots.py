@@ -11,16 +11,17 @@ COLOURS = {
 }  # fmt: skip
 MARKS = {"dense": "D", "random": "o", "dynamicvit": "s", "evit": "^", "evit, no fusion": "v", "dtps": "P", "etps": "X"}
 NAMES = {
-    "dense": "dense", "random": "random", "dynamicvit": "DynamicViT", "evit": "EViT", "evit, no fusion": "EViT, no fusion",
-    "dtps": "dTPS", "etps": "eTPS",
+    "dense": "dense", "random": "random", "dynamicvit": "DynamicViT", "evit": "EViT",
+    "evit, no fusion": "EViT, no fusion", "dtps": "dTPS", "etps": "eTPS",
 }  # fmt: skip
 
 
 def style():
     """Set the book's look for every figure that follows."""
     sns.set_theme(context="notebook", style="ticks", rc={
-        "figure.dpi": 100, "savefig.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False, "svg.hashsalt": "tpbook",
+        "figure.dpi": 100, "savefig.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False,
+        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
+        "svg.hashsalt": "tpbook",
     })  # fmt: skip
 
 

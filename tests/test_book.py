@@ -1,0 +1,73 @@
+"""Notebooks are clean sources, and a run is whole or not there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+TOP = Path(__file__).parent.parent
+NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_sources(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    parameters = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(parameters) == 1
+    for line in parameters[0].source.splitlines():  # typed and commented, as `papermill --help-notebook` shows them
+        assert re.fullmatch(r"\w+: (str|int|float|bool|list) = .+  # .+", line), line
+    for cell in code:
+        if "plt." in cell.source or "plots.figure" in cell.source:
+            if "plots.save" in cell.source:
+                assert cell.metadata["mystnb"]["image"]["alt"], cell.source
+
+
+@pytest.mark.parametrize("page", sorted((TOP / "book").glob("*.md")), ids=lambda p: p.stem)
+def test_every_picture_has_a_text_alternative(page):
+    text = page.read_text()
+    for figure in re.findall(r"```\{figure\}.*?```", text, flags=re.DOTALL):
+        assert re.search(r"^:alt: \S.{30,}", figure, flags=re.MULTILINE), figure
+
+
+def run(source, target, *parameters):
+    command = [sys.executable, TOP / "notebooks" / "run.py", source, target, *parameters]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture
+def source(tmp_path):
+    notebook = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    )
+    notebook.cells = [
+        nbformat.v4.new_code_cell("n: int = 1  # how many", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("print(6 // n)"),
+    ]
+    nbformat.write(notebook, tmp_path / "source.ipynb")
+    return tmp_path / "source.ipynb"
+
+
+def test_run(source, tmp_path):
+    target = tmp_path / "out" / "done.ipynb"
+    assert run(source, target, "n=3").returncode == 0
+    cells = nbformat.read(target, as_version=4).cells
+    assert cells[2].outputs[0].text == "2\n"
+    assert {"injected-parameters", "hide-input"} <= set(cells[1].metadata.tags)
+    assert [p.name for p in target.parent.iterdir()] == ["done.ipynb"]
+
+
+def test_a_failing_notebook(source, tmp_path):
+    target = tmp_path / "out" / "done.ipynb"
+    run(source, target, "n=1")
+    failed = run(source, target, "n=0")
+    assert failed.returncode != 0
+    assert "ZeroDivisionError" in failed.stderr and "done.failed.ipynb" in failed.stderr
+    assert [p.name for p in target.parent.iterdir()] == ["done.failed.ipynb"]
+    run(source, target, "n=2")  # mended
+    assert [p.name for p in target.parent.iterdir()] == ["done.ipynb"]
