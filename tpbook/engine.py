@@ -172,7 +172,7 @@ class PrunedViT:
 
     @property
     def keep_ratio(self):
-        """ρ: a float for every stage, or a tuple of one a stage. Setting it checks it as `prune` does."""
+        """The keep ratio ρ, a float for every stage or a tuple of one a stage. Setting it checks it as `prune` does."""
         return self._pruning.keep_ratio
 
     @keep_ratio.setter

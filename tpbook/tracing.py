@@ -15,15 +15,15 @@ class Trace:
     """
 
     kept: list[Tensor] = field(default_factory=list)
-    """One (B, n_s) int64 a stage: the original patch of each surviving token, in token order; −1 for a fused token."""
+    """One (B, n_s) int64 a stage, the original patch of each surviving token, in token order; −1 for a fused token."""
     host: list[Tensor] = field(default_factory=list)
-    """TPS, one (B, N) int64 a stage: the original patch whose token now carries each patch; itself for kept ones."""
+    """TPS, one (B, N) int64 a stage, the original patch whose token now carries each patch; itself for kept ones."""
     scores: list[Tensor] = field(default_factory=list)
-    """One (B, n) a stage, in the token order entering the stage: what the choice was made on."""
+    """One (B, n) a stage, what the choice was made on, in the token order entering the stage."""
     decisions: list[Tensor] = field(default_factory=list)
-    """Training a learned method, one (B, N) a stage: straight-through keep masks, cumulative, with gradient."""
+    """Training a learned method, one (B, N) a stage, straight-through keep masks, cumulative, with gradient."""
     features: Tensor | None = None
-    """(B, n, C): the final patch tokens after the last norm, for distillation."""
+    """(B, n, C), the final patch tokens after the last norm, for distillation."""
 
     def clear(self):
         self.__init__()
