@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 FULL = Path(os.environ.get("TPBOOK_FIXTURES", HERE.parent.parent / "shared" / "fixtures"))
 
-torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
 @pytest.fixture(autouse=True)
