@@ -1,6 +1,6 @@
 """DynamicViT (Rao et al. 2021): a small network scores the tokens and learns to, end to end.
 
-Before each pruned block (Section 3.2 of the paper; official file ``models/dyvit.py``)::
+Before each pruned block (``PredictorLG`` and ``softmax_with_policy`` of the official code)::
 
     z = [MLP_loc(x) ; mean over living tokens of MLP_glob(x)],   π = LogSoftmax(MLP(z))       `ScorePredictor`
     training:   D ← D ⊙ GumbelSoftmax(π)_keep, straight through                                `sample`
@@ -55,7 +55,7 @@ class ScorePredictor(nn.Module):
 
 
 def sample(log_probs, alive):
-    """Draw the running keep mask D by the straight-through Gumbel-softmax (equation 4 of the paper).
+    """Draw the running keep mask D by the straight-through Gumbel-softmax.
 
     An image that would be left without a token keeps its best living one.
 
@@ -73,7 +73,7 @@ def sample(log_probs, alive):
 
 
 def masked_attention(keep):
-    """The additive attention bias log G that hides dropped tokens from the others (equation 9).
+    """The additive attention bias log G that hides dropped tokens from the others.
 
     Added to the logits before the softmax it gives Ã. The small constant lets the gradient reach the decisions of
     dropped tokens, whose weight it keeps below 1e-20; the official code leaks 1e-6 / N there instead.

@@ -1,6 +1,6 @@
 """EViT (Liang et al. 2022): the class token's attention scores the tokens; the inattentive ones are fused into one.
 
-Between the attention and the MLP of each pruned block (Sections 3.1 and 3.2; official file ``evit.py``)::
+Between the attention and the MLP of each pruned block::
 
     a = mean over heads of softmax(q_cls Kᵀ / √d), patch tokens only              `class_attention`
     the ⌈ρ·n⌉ tokens of the highest a stay, and x_f = Σ_{i dropped} a_i x_i       `fuse`

@@ -1,6 +1,6 @@
 """TPS, Token Pruning & Squeezing (Wei et al. 2023): pruned tokens live on in their most similar kept token.
 
-After the choice, with reserved tokens S^r and pruned tokens S^p (Section 3.3; official file ``tps.py``)::
+After the choice, with reserved tokens S^r and pruned tokens S^p (``TPSModule`` of the official code)::
 
     c_ij = x_i·x_j / (‖x_i‖ ‖x_j‖),    host(i) = argmax_{j ∈ S^r} c_ij                       matching
     Z_j = e + Σ_{i: host(i)=j} exp(c_ij)
