@@ -21,7 +21,7 @@ def test_digits_model_is_as_good_as_it_says():
     assert claim["accuracy"] == claim["right"] / n and claim["wilson_95"][0] < claim["accuracy"] < claim["wilson_95"][1]
 
 
-def test_training_starts_to_learn_and_writes_whole_files(tmp_path, monkeypatch):
+def test_training_writes_whole_files(tmp_path, monkeypatch):
     recipe = ["--epochs", "1", "--per_digit", "1", "--warmup", "0", "--batch", "250"]
     monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(tmp_path), *recipe])
     monkeypatch.setattr(pretrain_digits, "evaluate", lambda model: (80, 797))

@@ -1,7 +1,7 @@
 """Trains the small ViT of the embedded digits: `python -m tpbook.pretrain_digits`.
 
 Writes the weights and, beside them, a JSON with the recipe and the figures of the run. Every epoch draws new canvases
-of the 1,000 train digits; the 797 test digits are looked at once, at the end. The canvases start without distractors,
+of the 1,000 train digits; the 797 test digits are looked at when the run has ended. The canvases start without distractors,
 since from full clutter a ViT this small is slow to find a start. `--start FILE` goes on from an earlier run.
 
 The committed weights come from two runs on one thread each, whose figures their JSON holds::
