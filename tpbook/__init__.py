@@ -10,9 +10,10 @@ with tpbook.trace(model) as t:                # look inside: t.kept, t.host, t.s
 tpbook.unprune(model)                         # exactly the model it was
 """
 
-from . import data, flops
+from . import data, flops, losses
 from .backbones import load_backbone, load_checkpoint
 from .engine import prune, unprune
+from .masking import mask, unmask
 from .methods import METHODS, Method
 from .tracing import Trace, trace
 
@@ -25,7 +26,10 @@ __all__ = [
     "flops",
     "load_backbone",
     "load_checkpoint",
+    "losses",
+    "mask",
     "prune",
     "trace",
+    "unmask",
     "unprune",
 ]

@@ -273,17 +273,20 @@ class PrunedViT:
         """
         raise RuntimeError("a pruned model has no feature maps: use tpbook.trace, or tpbook.unprune it first")
 
-    def __reduce_ex__(self, protocol):  # the class is made at run time, so pickle is told how
-        return _empty, (type(self)._unpruned,), self.__dict__
-
 
 @functools.cache
-def _pruned_class(base):
-    return type(f"Pruned{base.__name__}", (PrunedViT, base), {"_unpruned": base, "__module__": __name__})
+def mixed(mixin, base):
+    """The class `base` with `mixin` ahead of it, `_base` remembered."""
+
+    def reduce(self, protocol):  # the class is made at run time, so pickle is told how
+        return _empty, (mixin, base), self.__dict__
+
+    name = mixin.__name__.replace("ViT", base.__name__)
+    return type(name, (mixin, base), {"_base": base, "__module__": __name__, "__reduce_ex__": reduce})
 
 
-def _empty(base):
-    cls = _pruned_class(base)
+def _empty(mixin, base):
+    cls = mixed(mixin, base)
     return cls.__new__(cls)
 
 
@@ -317,6 +320,8 @@ def prune(model, method, *, keep_ratio=0.7, at=None, **options):
         raise TypeError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
     if isinstance(model, PrunedViT):
         raise ValueError(f"model is pruned already, by {model.pruning.name!r}: tpbook.unprune it first")
+    if hasattr(model, "mask_ratio"):
+        raise ValueError(f"model is masked, at ratio {model.mask_ratio}: tpbook.unmask it first")
     pruning, similarity = _check(model, method, keep_ratio, at, options)
     pruning.counts(model.patch_embed.num_patches)  # warns where a stage would keep no token
 
@@ -335,7 +340,7 @@ def prune(model, method, *, keep_ratio=0.7, at=None, **options):
         if module is not None:
             module.train(model.training)
     model._pruning, model._pool_keep = pruning, None
-    model.__class__ = _pruned_class(type(model))
+    model.__class__ = mixed(PrunedViT, type(model))
     return model
 
 
@@ -363,7 +368,7 @@ def unprune(model):
     del model.stages, model._pruning, model._pool_keep
     if hasattr(model, "score_predictor"):
         del model.score_predictor
-    model.__class__ = type(model)._unpruned
+    model.__class__ = type(model)._base
     return model
 
 

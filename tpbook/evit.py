@@ -7,7 +7,11 @@ Between the attention and the MLP of each pruned block::
 
 a comes from a softmax over every token, the class token among them, so the weights of x_f sum to less than one:
 it is a sum, not an average. Afterwards x_f is a token like any other: counted, scored, perhaps fused again.
+
+In training the keep rate comes down slowly: κ(t) = ρ + (1 − ρ)·(1 + cos(π·t/T))/2                     `keep_rate`
 """
+
+import math
 
 import torch
 
@@ -52,3 +56,23 @@ def fuse(x, kept, dropped, weights):
 def weighted_sum(x, weights):
     """x_f = Σ_i a_i x_i: (B, p, C) tokens and (B, p) weights to (B, 1, C)."""
     return weights.unsqueeze(1).to(x.dtype) @ x
+
+
+def keep_rate(epoch, ratio, start, length):
+    """The keep rate while it is warmed up (`adjust_keep_rate` of the official code); eTPS takes it over.
+
+    Args:
+        epoch: where training is, in epochs; fractions count steps.
+        ratio: ρ to arrive at, a float or a tuple of one a stage.
+        start, length: epochs; every token stays until `start`, ρ is reached at `start + length`.
+
+    Returns:
+        What to set `model.keep_ratio` to.
+    """
+    if isinstance(ratio, tuple):
+        return tuple(keep_rate(epoch, r, start, length) for r in ratio)
+    if epoch < start:
+        return 1.0
+    if epoch >= start + length:
+        return ratio
+    return ratio + (1 - ratio) * (1 + math.cos(math.pi * (epoch - start) / length)) / 2

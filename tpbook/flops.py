@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from .engine import PrunedViT
+from .masking import MaskedViT
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def closed_form(model, image_size=None):
 
     A linear layer costs its weights once a token; attention over T tokens costs 2·T²·C.
 
-    Args, Returns, Raises: as `count`; also TypeError for blocks or a patch embedding other than timm's plain ones.
+    Args, Returns, Raises: as `count`; also TypeError for blocks or a patch embedding other than timm's plain ones, and
+    ValueError for a model that is masked in eval mode at a ratio drawn from a range.
     """
     model, (height, width) = _at_size(model, image_size)
     if type(model.patch_embed) is not PatchEmbed or any(not isinstance(block, Block) for block in model.blocks):
@@ -82,6 +84,10 @@ def closed_form(model, image_size=None):
     rows, columns = model.patch_embed.dynamic_feat_size((height, width))
     n, prefix = rows * columns, model.num_prefix_tokens
     embed = n * model.patch_embed.proj.weight.numel()
+    if isinstance(model, MaskedViT) and model.patch_drop.when == "always":
+        if isinstance(model.mask_ratio, tuple):
+            raise ValueError(f"model.mask_ratio must be one number, got the range {model.mask_ratio}: its cost varies")
+        n = model.patch_drop.visible(n, model.mask_ratio)
 
     stages = {}
     if isinstance(model, PrunedViT):

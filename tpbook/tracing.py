@@ -22,6 +22,8 @@ class Trace:
     """One (B, n) a stage, what the choice was made on, in the token order entering the stage."""
     decisions: list[Tensor] = field(default_factory=list)
     """Training a learned method, one (B, N) a stage, straight-through keep masks, cumulative, with gradient."""
+    visible: Tensor | None = None
+    """(B, n) int64, the patches that a masked model saw, in token order; None where it saw all."""
     features: Tensor | None = None
     """(B, n, C), the final patch tokens after the last norm, for distillation."""
 
@@ -37,7 +39,8 @@ def trace(model):
             logits = model(images)
         t.kept[0]      # (B, n_1)
 
-    Several forwards leave the record of the last one. A model that is not pruned gives `features` alone.
+    Several forwards leave the record of the last one. A model that is not pruned gives `features`, and `visible` where
+    it is masked.
 
     Args:
         model: a timm `VisionTransformer`, pruned or not.
@@ -57,10 +60,15 @@ def trace(model):
 
     hook = model.norm.register_forward_hook(keep_features)
     model._trace = record
+    hides = model.patch_drop if hasattr(model, "mask_ratio") else None
+    if hides is not None:
+        hides.record = record
     try:
         yield record
     finally:
         hook.remove()
+        if hides is not None:
+            hides.record = outer
         model._trace = outer
         if outer is None:
             del model._trace

@@ -1,0 +1,124 @@
+"""What each method is trained on. Every function returns a dict of scalar tensors; `total` is what to minimise.
+
+Labels are class indices (B,) or, after mixup, class probabilities (B, classes).
+Smoothed labels are the caller's affair (timm's `Mixup` smooths, or pass probabilities).
+
+DynamicViT and dTPS (``losses.py`` of the official code, `DistillDiffPruningLoss_dynamic`), with ρ^(s) the share of the
+original N tokens to be kept after stage s, D^(s) the running decisions, z logits, t features, ' the dense teacher::
+
+    cls        = cross-entropy(z, y)
+    ratio_sum  = Σ_s mean_images (mean_i D_i^(s) − ρ^(s))²      the paper divides by S here, the code in `total`
+    logit_kl   = KL(softmax z' ‖ softmax z), mean over images             the paper writes KL(z ‖ z')
+    token mse  = mean over kept tokens and channels of (t − t')²          the paper sums over channels
+          kl   = mean over kept tokens of KL(softmax t' ‖ softmax t)      over channels; LV-ViT's recipe, and dTPS's
+    total      = cls + 2·ratio_sum/S + ½·logit_kl + ½·token
+
+"Kept" is after the last stage, and the token term's mean is over the kept tokens of the whole batch. With several
+processes it is a mean over each process's own, as in the official code, so it is not quite the joint batch's.
+"""
+
+import torch.nn.functional as F
+
+TOKEN = ("mse", "kl")
+
+
+def classification(logits, labels, *, teacher_logits=None, logit_weight=0.5):
+    """Cross-entropy, and where a teacher is given KL to its logits.
+
+    Args:
+        logits: (B, classes).
+        labels: (B,) int64 or (B, classes) probabilities.
+        teacher_logits: (B, classes) or None.
+        logit_weight: of `logit_kl` in the total.
+
+    Returns:
+        dict: "cls", "total", and with a teacher "logit_kl".
+    """
+    terms = {"cls": F.cross_entropy(logits, labels)}
+    terms["total"] = terms["cls"]
+    if teacher_logits is not None:
+        terms["logit_kl"] = _kl(logits, teacher_logits)
+        terms["total"] = terms["cls"] + logit_weight * terms["logit_kl"]
+    return terms
+
+
+def masked(logits, labels):
+    """Masked fine-tuning (Shi & Wang 2023): cross-entropy alone, on logits of the visible patches."""
+    return classification(logits, labels)
+
+
+def evit(logits, labels):
+    """EViT (Liang et al. 2022): cross-entropy alone; no teacher."""
+    return classification(logits, labels)
+
+
+def etps(logits, labels, *, teacher_logits=None, logit_weight=0.5):
+    """eTPS (Wei et al. 2023): cross-entropy, and KL to a teacher's logits where one is given.
+
+    eTPS was never released. A comment in the authors' code says that their EViT "only employs the distillation loss of
+    logit", so we think eTPS was trained with it; without `teacher_logits` this is EViT's objective.
+    """
+    return classification(logits, labels, teacher_logits=teacher_logits, logit_weight=logit_weight)
+
+
+def dynamicvit(
+    logits, trace, labels, *, teacher_logits, teacher_features, keep_ratios, token="mse",
+    ratio_weight=2.0, logit_weight=0.5, token_weight=0.5,
+):  # fmt: skip
+    """DynamicViT (Rao et al. 2021), in the official code's form; the formulas are at the top of this file.
+
+    Args:
+        logits: (B, classes) of the model in training mode.
+        trace: the `tpbook.Trace` of that forward.
+        labels: (B,) int64 or (B, classes) probabilities.
+        teacher_logits, teacher_features: (B, classes) and (B, N, C) of the dense teacher, without gradient; both None
+            leaves their terms out.
+        keep_ratios: cumulative shares of the original tokens, one a stage: (ρ, ρ², ρ³).
+        token: "mse" or "kl".
+        ratio_weight, logit_weight, token_weight: weights in the total; 2, ½ and ½ are the paper's.
+
+    Returns:
+        dict: "cls", "ratio_sum", "logit_kl", "token", "total".
+
+    Raises:
+        ValueError: an unknown `token`; the trace holds no decisions, or another number of stages than `keep_ratios`;
+            or only one of the teacher's outputs is given.
+    """
+    if token not in TOKEN:
+        raise ValueError(f"token must be one of {', '.join(TOKEN)}, got {token!r}")
+    if len(trace.decisions) != len(keep_ratios) or not trace.decisions:
+        raise ValueError(
+            f"keep_ratios must have one ratio a stage that decided in training mode: "
+            f"{len(trace.decisions)} did, got {tuple(keep_ratios)}"
+        )
+    if (teacher_logits is None) != (teacher_features is None):
+        raise ValueError("teacher_logits and teacher_features must be given both or neither")
+    kept_shares = [d.float().mean(dim=1) for d in trace.decisions]  # (B,) each
+    terms = {
+        "cls": F.cross_entropy(logits, labels),
+        "ratio_sum": sum((share - ratio).square().mean() for share, ratio in zip(kept_shares, keep_ratios)),
+        "logit_kl": logits.new_zeros(()),
+        "token": logits.new_zeros(()),
+    }
+    if teacher_logits is not None:
+        terms["logit_kl"] = _kl(logits, teacher_logits)
+        final = trace.decisions[-1]  # (B, N)
+        kept = final > 0.5
+        ours, theirs = trace.features[:, : final.shape[1]][kept], teacher_features[kept]  # (kept tokens, C) each
+        terms["token"] = F.mse_loss(ours.float(), theirs.float()) if token == "mse" else _kl(ours, theirs)
+    terms["total"] = (
+        terms["cls"] + ratio_weight * terms["ratio_sum"] / len(keep_ratios)
+        + logit_weight * terms["logit_kl"] + token_weight * terms["token"]
+    )  # fmt: skip
+    return terms
+
+
+def dtps(*args, **kwargs):
+    """dTPS (Wei et al. 2023): DynamicViT's objective. Arguments as for `dynamicvit`; its recipe takes token="kl"."""
+    return dynamicvit(*args, **kwargs)
+
+
+def _kl(student, teacher):
+    """KL(softmax teacher ‖ softmax student) over the last dimension, mean over rows."""
+    student, teacher = F.log_softmax(student.float(), dim=-1), F.log_softmax(teacher.float(), dim=-1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
