@@ -1,0 +1,127 @@
+"""Every start × method × keep ratio × seed on the digits: `python notebooks/matrix.py [FOLDER]`, or `make matrix`.
+
+Each training is a run of `tpbook.train` in FOLDER (default `_build/matrix`), one thread each, as many at once as there
+are cores. What is finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` holds
+a row for each model and way of evaluating it: which of the 797 test canvases it got right.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the workers
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from tpbook import data, load_backbone, prune, results, train, unmask  # noqa: E402
+
+TOP = Path(__file__).parent.parent
+RECIPES = TOP / "recipes" / "digits"
+SEEDS, RATIOS = (0, 1, 2), (0.7, 0.5, 0.3)
+METHODS = ("dynamicvit", "evit", "dtps", "etps")
+FULL = ("untouched", "plain", "masked 0.25", "masked 0.5", "masked 0.75")
+# how a start is made: a recipe and what differs from it
+STARTS = {
+    "plain": ("masked", {"mask_ratio": 0}),
+    "masked 0.25": ("masked", {"mask_ratio": 0.25}),
+    "masked 0.5": ("masked", {"mask_ratio": 0.5}),
+    "masked 0.75": ("masked", {"mask_ratio": 0.75}),
+    "plain, half": ("masked", {"mask_ratio": 0, "epochs": 3}),  # about what masked 0.5 computes
+    "scratch, plain": ("base", {"per_digit": 1, "epochs": 30, "clutter": [2, 8]}),
+    "scratch, masked 0.5": ("base", {"per_digit": 1, "epochs": 30, "clutter": [2, 8], "mask_ratio": 0.5}),
+}
+
+
+def jobs(folder):
+    """Two waves of trainings, each (key, recipe, changes), longest first; the second starts from the first."""
+    first = [((seed, start), recipe, {"seed": seed, **changes})
+             for seed in SEEDS for start, (recipe, changes) in STARTS.items()]  # fmt: skip
+    wanted = [*itertools.product(SEEDS, FULL, METHODS, RATIOS), *itertools.product(SEEDS, ("plain",), ("random",), RATIOS)]
+    wanted += itertools.product(SEEDS, ("plain, half",), METHODS, (0.3,))
+    second = []
+    for seed, start, method, ratio in wanted:
+        changes = {"seed": seed, "keep_ratio": ratio}
+        if start != "untouched":
+            changes["start"] = os.path.relpath(place(folder, (seed, start)))
+        second.append(((seed, start, method, ratio), method, changes))
+    first.sort(key=lambda job: -job[2].get("epochs", 6) * (1 - job[2].get("mask_ratio", 0)))
+    second.sort(key=lambda job: job[1] not in ("dynamicvit", "dtps"))
+    return first, second
+
+
+def place(folder, key):
+    return folder / "-".join(str(part).replace(", ", "-").replace(" ", "-") for part in key)
+
+
+def fit(folder, key, recipe, changes):
+    """One training → its row."""
+    result = train.run(RECIPES / f"{recipe}.yaml", place(folder, key), progress=False, **changes)
+    seed, start, method, ratio = (*key, "dense", 1.0)[:4]
+    return [row(seed, start, method, ratio, result["correct"], trained=True, seconds=result["seconds"],
+                images_per_second=result["last"]["images_per_second"])]  # fmt: skip
+
+
+@torch.inference_mode()
+def look(folder, seed, start):
+    """Evaluations without training: the start pruned as it is, and models trained from it with their choice replaced."""
+    torch.set_num_threads(1)
+    test = data.digits("test")
+
+    def right(model):
+        logits = torch.cat([model(x) for x in test.images.split(100)])
+        return "".join("01"[r] for r in (logits.argmax(1) == test.labels).tolist())
+
+    rows, path = [], place(folder, (seed, start))
+    for method, ratio in itertools.product(("evit", "etps", "random"), RATIOS):
+        model = load_backbone("vit_digits_patch4_56") if start == "untouched" else train.load(path)
+        if hasattr(model, "mask_ratio"):
+            model = unmask(model)
+        prune(model, method, keep_ratio=ratio, **({"seed": seed} if method == "random" else {}))
+        rows.append(row(seed, start, method, ratio, right(model), trained=False))
+    if start == "untouched" and seed == SEEDS[0]:
+        rows.append(row(None, start, "dense", 1.0, right(load_backbone("vit_digits_patch4_56")), trained=False))
+    if start == "plain":
+        for method, ratio in itertools.product(METHODS, RATIOS):
+            trained = train.load(place(folder, (seed, start, method, ratio)))
+            model = load_backbone("vit_digits_patch4_56")
+            own = trained.state_dict()
+            model.load_state_dict({name: own[name] for name in model.state_dict()})
+            prune(model, method, keep_ratio=ratio, score="random", seed=seed)
+            rows.append(row(seed, start, method, ratio, right(model), trained=True, select="random"))
+    return rows
+
+
+def row(seed, start, method, ratio, correct, **more):
+    n = len(correct)
+    return {
+        "seed": seed, "start": start, "method": method, "keep_ratio": ratio, "select": "own", **more,
+        "right": correct.count("1"), "n": n, "correct": f"{int(correct, 2):0{-(-n // 4)}x}",
+    }  # fmt: skip
+
+
+def main(folder):
+    begun, rows = time.perf_counter(), []
+    first, second = jobs(folder)
+    looks = [(folder, seed, start) for seed in SEEDS for start in ("untouched", *STARTS)]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
+        for wave in ([(fit, folder, *job) for job in first], [(fit, folder, *job) for job in second],
+                     [(look, *args) for args in looks]):  # fmt: skip
+            done = as_completed([pool.submit(*task) for task in wave])
+            for future in tqdm(done, total=len(wave), mininterval=10):
+                rows += future.result()
+    rows.sort(key=lambda r: json.dumps([r["start"], r["method"], r["keep_ratio"], r["select"], r["trained"], r["seed"]]))
+    results.save(TOP / "notebooks" / "results" / "digits", "matrix", {
+        "seeds": SEEDS, "minutes": round((time.perf_counter() - begun) / 60, 1),
+        "training_minutes": round(sum(r.get("seconds", 0) for r in rows) / 60, 1), "rows": rows,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else TOP / "_build" / "matrix")

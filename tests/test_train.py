@@ -1,0 +1,402 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import tpbook
+from tpbook import data, train
+from tpbook.recipes import Recipe, make, read
+
+TOP = Path(__file__).parent.parent
+TINY = {"train_images": 40, "test_images": 50, "batch": 20, "lr": 1e-4}
+LEARNED = {"method": "dynamicvit", "keep_ratio": 0.5, "teacher": "start"}
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def go(out, **keys):
+    return train.run(make({**TINY, **keys}), out, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+
+@pytest.mark.parametrize("path", sorted((TOP / "recipes").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_committed_recipes_are_whole(path):
+    recipe = read(path)
+    assert recipe.epochs >= 1
+    if path.parent.name == "imagenet":  # every line says where its value is from
+        lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+        assert all("  # " in line for line in lines), [line for line in lines if "  # " not in line]
+
+
+@pytest.mark.parametrize(
+    "keys, error, words",
+    [
+        ({"mask_ration": 0.5}, ValueError, "unknown recipe key 'mask_ration'; did you mean 'mask_ratio'"),
+        ({"zzz": 1}, ValueError, "unknown recipe key 'zzz'; keys are model"),
+        ({"epochs": "three"}, TypeError, "epochs must be int, got 'three'"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"lr": "fast"}, TypeError, "lr must be float, got 'fast'"),
+        ({"method": "tome"}, ValueError, "method must be one of '', 'dynamicvit'.*got 'tome'"),
+        ({"token_loss": "l1"}, ValueError, "token_loss must be one of 'mse', 'kl', got 'l1'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of 'no', 'bf16', 'fp16', got 'fp8'"),
+        ({"keep_warmup": [1]}, TypeError, r"keep_warmup must be tuple.*got \[1\]"),
+        ({"method": "evit", "mask_ratio": 0.5}, ValueError, "mask_ratio must be 0 where a method prunes"),
+        ({"batch": True}, TypeError, "batch must be int, got True"),
+        ({"smoothing": 2}, ValueError, r"smoothing must lie in \[0, 1\], got 2.0"),
+    ],
+)
+def test_bad_keys_are_named(keys, error, words):
+    with pytest.raises(error, match=words):
+        make(keys)
+
+
+def test_recipe_files(tmp_path):
+    path = tmp_path / "a.yaml"
+    with pytest.raises(FileNotFoundError, match="a.yaml"):
+        read(path)
+    path.write_text("lr: 1e-3\nkeep_ratio: [0.7, 0.5, 0.3]\nepochs: 2\n")
+    assert read(path).lr == 0.001 and read(path).keep_ratio == (0.7, 0.5, 0.3) and read(path, epochs=5).epochs == 5
+    path.write_text("lr: [")
+    with pytest.raises(ValueError, match="a.yaml is no YAML"):
+        read(path)
+    path.write_text("epoch: 3")
+    with pytest.raises(ValueError, match="a.yaml: unknown recipe key 'epoch'; did you mean 'epochs'"):
+        read(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"mask_ratio": 0.5},
+        {"mask_ratio": [0.25, 0.75], "ema": 0.9},
+        {"method": "evit", "keep_ratio": 0.5, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
+        {"method": "etps", "keep_ratio": 0.3, "teacher": "start", "options": {"similarity": "euclidean"}},
+        {"method": "dtps", "keep_ratio": 0.3, "teacher": "pretrained", "token_loss": "kl", "precision": "bf16"},
+        {**LEARNED, "accumulate": 2, "clip_grad": 1.0},
+        {"method": "random", "keep_ratio": [0.7, 0.5], "at": [2, 4]},
+    ],
+    ids=lambda keys: "-".join(str(v) for v in keys.values())[:40],
+)
+def test_every_kind_of_run(tmp_path, keys):
+    result = go(tmp_path, **keys)
+    assert result["accuracy"]["n"] == 50 == len(result["correct"])
+    assert result["accuracy"]["right"] == result["correct"].count("1")
+    assert result["images_seen"] == 40 and result["run"]["torch"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["metrics.jsonl", "model.safetensors", "result.json"] + ["ema.safetensors"] * ("ema" in keys)
+    )
+    start = tpbook.load_backbone("vit_digits_patch4_56").state_dict()
+    assert any(not torch.equal(start[k], v) for k, v in weights(tmp_path).items() if k in start)
+
+    model = train.load(tmp_path)
+    assert isinstance(model, tpbook.engine.PrunedViT) == ("method" in keys)
+    if keys.get("method") != "random":
+        test = data.digits("test")
+        chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:50]
+        with torch.no_grad():
+            right = model(test.images[chosen]).argmax(1) == test.labels[chosen]
+        assert "".join("01"[r] for r in right.tolist()) == result["correct"]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = go(tmp_path)
+    at = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    assert go(tmp_path, workers=1) == first  # a key that changes nothing
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == at
+    with pytest.raises(ValueError, match="another run: lr=0.0001 there and 0.5 here"):
+        go(tmp_path, lr=0.5)
+
+
+def test_accumulated_parts_are_one_batch(tmp_path):
+    go(tmp_path / "one")
+    go(tmp_path / "two", accumulate=2)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_parts_do_not_move(tmp_path):
+    go(tmp_path, **LEARNED, freeze_epochs=1)
+    start = tpbook.load_backbone("vit_digits_patch4_56").state_dict()
+    end = weights(tmp_path)
+    assert all(torch.equal(start[k], end[k]) for k in start)
+    fresh = tpbook.prune(tpbook.load_backbone("vit_digits_patch4_56"), "dynamicvit").state_dict()
+    assert all(
+        not torch.equal(fresh[k], end[k]) for k in fresh if k.startswith("score_predictor") and k.endswith("weight")
+    )
+    go(tmp_path / "named", **LEARNED, frozen=["cls_token", "pos_embed"])
+    end = weights(tmp_path / "named")
+    assert torch.equal(start["cls_token"], end["cls_token"]) and torch.equal(start["pos_embed"], end["pos_embed"])
+    assert not torch.equal(start["blocks.0.attn.qkv.weight"], end["blocks.0.attn.qkv.weight"])
+
+
+def test_learning_rates_of_predictors_and_backbone():
+    recipe = make({**LEARNED, "backbone_lr_scale": 0.01, "weight_decay": 0.05})
+    model = train.adapt(recipe, train.build(recipe, tuple(range(10))))
+    groups = train.optimizer_of(recipe, model).param_groups
+    assert {(g["learned"], g["weight_decay"]) for g in groups} == {(True, 0.05), (True, 0), (False, 0.05), (False, 0)}
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (p.ndim > 1 and name not in ("pos_embed", "cls_token")), name
+    everywhere = train.optimizer_of(make({**LEARNED, "decay_all": True}), model).param_groups
+    assert all(g["weight_decay"] == 0.05 for g in everywhere)
+
+
+def test_metrics_and_keep_rate_warm_up(tmp_path):
+    go(tmp_path, method="etps", keep_ratio=0.5, keep_warmup=[1, 2], epochs=4, log_every=1, eval_every=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "total" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert [line["keep_ratio"] for line in steps] == pytest.approx([1, 1, 1, 0.926777, 0.75, 0.573223, 0.5, 0.5])
+    assert sum("test" in line for line in lines) == 3
+    assert steps[0]["lr"] > steps[-1]["lr"] > 0
+    assert train.load(tmp_path).keep_ratio == 0.5
+
+
+def test_masked_from_a_run_and_from_a_file(tmp_path):
+    go(tmp_path / "a", mask_ratio=0.5)
+    from_run = go(tmp_path / "b", start=str(tmp_path / "a"), lr=0, min_lr=0)
+    from_file = go(tmp_path / "c", start=str(tmp_path / "a" / "model.safetensors"), lr=0, min_lr=0)
+    assert from_run["correct"] == from_file["correct"]
+    assert same(weights(tmp_path / "b"), weights(tmp_path / "a"))
+
+
+# ------------------------------------------------------------------------------------- stopped, damaged, misused, full
+
+
+SLOWLY = {"train_images": 200, "epochs": 2, "seed": 3, "mixup": 0.8, "log_every": 1, **LEARNED}
+
+
+def start(out, *args, **keys):
+    pairs = [f"{k}={v}" for k, v in {**TINY, **keys}.items()]
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *args, "-m", "tpbook.train", TOP / "recipes/digits/masked.yaml", f"out={out}",
+         "epochs=1", "mask_ratio=0", "precision='no'", *pairs],
+        cwd=TOP, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_in_an_epoch_it_ends_the_same(tmp_path):
+    whole = start(tmp_path / "whole", **SLOWLY)
+    assert whole.wait() == 0, whole.stderr.read()
+    killed = start(tmp_path / "killed", **SLOWLY)
+    log, until = tmp_path / "killed" / "metrics.jsonl", time.time() + 300
+    while time.time() < until and killed.poll() is None:
+        if log.exists() and '"epoch": 1' in log.read_text():
+            break
+        time.sleep(0.02)
+    assert killed.poll() is None, killed.stderr.read()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert (tmp_path / "killed" / "epoch-0001").is_dir() and not (tmp_path / "killed" / "result.json").exists()
+    again = start(tmp_path / "killed", **SLOWLY)
+    assert again.wait() == 0, again.stderr.read()
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    lines = [
+        [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in
+         (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "killed")
+    ]  # fmt: skip
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """The folder of a run that stopped after its first epoch of two."""
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", epochs=2, eval_every=1)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["epoch-0001", "metrics.jsonl"]
+    return tmp_path / "run"
+
+
+def test_goes_on(stopped, tmp_path):
+    go(stopped, epochs=2, eval_every=1)
+    go(tmp_path / "whole", epochs=2)
+    assert same(weights(stopped), weights(tmp_path / "whole"))
+
+
+def test_not_with_another_recipe(stopped):
+    with pytest.raises(ValueError, match="epoch-0001 is of another run: seed=0 there and 1 here.*out="):
+        go(stopped, epochs=2, seed=1)
+
+
+@pytest.mark.parametrize("what", ["cut", "flipped", "gone", "manifest"])
+def test_damaged(stopped, what):
+    folder = stopped / "epoch-0001"
+    victim = folder / ("manifest.json" if what == "manifest" else "model.safetensors")
+    whole = bytearray(victim.read_bytes())
+    if what == "cut" or what == "manifest":
+        victim.write_bytes(whole[: len(whole) // 2])
+    elif what == "flipped":
+        whole[len(whole) // 2] ^= 1
+        victim.write_bytes(whole)
+    else:
+        victim.unlink()
+    with pytest.raises(ValueError, match=r"epoch-0001 is damaged.*remove it"):
+        go(stopped, epochs=2)
+    shutil.rmtree(folder)
+    assert go(stopped, epochs=2)["images_seen"] == 80
+
+
+def test_full_disk(stopped):
+    size = sum(p.stat().st_size for p in (stopped / "epoch-0001").iterdir())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 10, before[1]))  # a write beyond it fails as on a full disk
+    try:
+        with pytest.raises(OSError, match="epoch-0002 could not be written.*kept"):
+            go(stopped, epochs=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in stopped.glob("epoch-*")] == ["epoch-0001"]
+    assert go(stopped, epochs=2)["images_seen"] == 80
+
+
+def test_loss_that_is_no_number(tmp_path):
+    with pytest.raises(RuntimeError, match="the loss is nan in epoch 0"):
+        go(tmp_path, lr=1e30, log_every=1, epochs=2)
+
+
+@pytest.mark.parametrize(
+    "keys, error, words",
+    [
+        ({"data": "imagenette2-160", "model": "deit_tiny_patch16_224"}, FileNotFoundError, "no data set 'imagenette2-160'"),
+        ({"data": "elsewhere", "model": "deit_tiny_patch16_224"}, FileNotFoundError, "no data set 'elsewhere'"),
+        ({"model": "vit_tiny_patch16_224", "start": "random"}, ValueError, "3 channels.*'digits' has 1"),
+        ({"model": "vit_none"}, ValueError, "vit_none"),
+        ({"model": "vit_none", "start": "random"}, ValueError, "vit_none"),
+        ({"start": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors"),
+        ({"batch": 2000, "train_images": 0}, ValueError, "batch must be at most.*got 2000"),
+        ({"train_images": 5000}, ValueError, "train_images must be at most 1000, got 5000"),
+        ({"accumulate": 3}, ValueError, "batch must be a multiple of processes × accumulate = 3, got 20"),
+        ({"method": "evit", "options": {"similarity": "cosine"}}, TypeError, "option 'similarity' is not known to evit"),
+        ({"method": "evit", "at": [99]}, ValueError, "99"),
+    ],
+)
+def test_misuse(tmp_path, monkeypatch, keys, error, words):
+    monkeypatch.setenv("TPBOOK_DATA", str(tmp_path))
+    with pytest.raises(error, match=words):
+        go(tmp_path / "run", **keys)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="RECIPE.yaml"):
+        train.main([])
+    with pytest.raises(SystemExit, match="tpbook.train: no recipe at nothing.yaml"):
+        train.main(["nothing.yaml"])
+    recipe = str(TOP / "recipes" / "digits" / "evit.yaml")
+    with pytest.raises(SystemExit, match="did you mean 'keep_ratio'"):
+        train.main([recipe, "keep_ration=0.5"])
+    pairs = [f"{k}={v}" for k, v in TINY.items()]
+    train.main([recipe, *pairs, "epochs=1", "keep_ratio=[0.7,0.5,0.3]", f"out={tmp_path}"])
+    assert "of 50 test images right" in capsys.readouterr().out
+    assert train.load(tmp_path).keep_ratio == (0.7, 0.5, 0.3)
+
+
+def test_load_wants_a_finished_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        train.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- photographs
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """A folder laid out as ImageNet, of two classes and noise."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 6), ("val", 3)):
+        for wordnet in ("n01440764", "n03000684"):
+            folder = tmp_path / "tiny" / split / wordnet
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    monkeypatch.setenv("TPBOOK_DATA", str(tmp_path))
+    monkeypatch.delenv("TPBOOK_WEIGHTS", raising=False)
+    return tmp_path
+
+
+AUGMENTED = {
+    "data": "tiny", "model": "vit_tiny_patch16_224", "start": "random", "train_images": 0, "test_images": 0, "batch": 4,
+    "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "random_erasing": 0.25, "hflip": 0.5,
+    "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_photographs_with_augmentation_repeat(photographs, workers):
+    ends = [go(photographs / str(i), **AUGMENTED, head="data", workers=workers)["last"]["total"] for i in range(2)]
+    assert ends[0] == ends[1]
+    assert train.load(photographs / "0").num_classes == 2
+    assert same(weights(photographs / "0"), weights(photographs / "1"))
+
+
+def test_head_rows_are_those_of_the_classes(photographs, monkeypatch):
+    full = train.new_model("vit_tiny_patch16_224", 1000).eval()
+    monkeypatch.setattr(train, "load_backbone", lambda name, **kwargs: full)
+    recipe = make({"data": "tiny", "model": "vit_tiny_patch16_224", "head": "data"})
+    classes = train.load_data(recipe)[0]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        logits = full(x)[:, list(classes)]
+        narrow = train.build(recipe, classes)
+        assert len(classes) == 2
+        torch.testing.assert_close(narrow(x), logits)
+    with pytest.raises(ValueError, match="has 2 classes and data 'tiny' has 1000"):
+        train.build(make({"data": "tiny", "model": "vit_tiny_patch16_224"}), classes)
+
+
+def test_repeated_augmentation_sees_fewer_images_more_often(photographs):
+    recipe = make({**AUGMENTED, "repeats": 3})
+    _, augmented, _ = train.load_data(recipe)
+    accelerator = type("One", (), {"num_processes": 1, "process_index": 0, "device": torch.device("cpu")})
+    model = train.new_model("vit_tiny_patch16_224", 2)
+    seen = list(train.loader_of(recipe, accelerator, augmented(model, 0), 0).sampler)
+    assert len(seen) == 12 and all(seen.count(i) == 3 for i in set(seen))
+
+
+# ---------------------------------------------------------------------------------------------------- many processes
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(tmp_path):
+    """On CPUs torchrun starts the processes (`accelerate launch` would want MPI); gloo joins them.
+
+    Same images a step, so the same weights but for rounding.
+    """
+    one = start(tmp_path / "one", epochs=2)
+    two = start(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", epochs=2)
+    assert one.wait() == 0, one.stderr.read()
+    assert two.wait() == 0, two.stderr.read()
+    result = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two")]
+    assert [r["processes"] for r in result] == [1, 2]
+    assert sum(a != b for a, b in zip(result[0]["correct"], result[1]["correct"])) <= 1
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
