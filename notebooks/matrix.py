@@ -114,8 +114,12 @@ def main(folder):
         for wave in ([(fit, folder, *job) for job in first], [(fit, folder, *job) for job in second],
                      [(look, *args) for args in looks]):  # fmt: skip
             done = as_completed([pool.submit(*task) for task in wave])
-            for future in tqdm(done, total=len(wave), mininterval=10):
-                rows += future.result()
+            try:
+                for future in tqdm(done, total=len(wave), mininterval=10):
+                    rows += future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     rows.sort(key=lambda r: json.dumps([r["start"], r["method"], r["keep_ratio"], r["select"], r["trained"], r["seed"]]))
     results.save(TOP / "notebooks" / "results" / "digits", "matrix", {
         "seeds": SEEDS, "minutes": round((time.perf_counter() - begun) / 60, 1),

@@ -90,7 +90,7 @@ def test_recipe_files(tmp_path):
     "keys",
     [
         {},
-        {"mask_ratio": 0.5},
+        {"mask_ratio": 0.5, "smoothing": 0.1},
         {"mask_ratio": [0.25, 0.75], "ema": 0.9},
         {"method": "evit", "keep_ratio": 0.5, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1},
         {"method": "etps", "keep_ratio": 0.3, "teacher": "start", "options": {"similarity": "euclidean"}},

@@ -29,6 +29,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -283,8 +284,8 @@ def run(recipe, out, *, progress=True, **changes):
     steps = len(loader_of(recipe, accelerator, train_set(model, 0), 0)) // recipe.accumulate
     if not steps:
         raise ValueError(f"batch must be at most the number of training images, got {recipe.batch}")
-    mixup = None
-    if recipe.mixup or recipe.cutmix or recipe.smoothing:
+    mixup = None  # timm's wants one of the two; smoothing alone is `mixup_target`
+    if recipe.mixup or recipe.cutmix:
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=model.num_classes)
     optimizer = optimizer_of(recipe, model)
     schedule = CosineLRScheduler(
@@ -320,6 +321,8 @@ def run(recipe, out, *, progress=True, **changes):
                 images, labels = images.to(accelerator.device), lookup[labels].to(accelerator.device)
                 if mixup is not None:
                     images, labels = mixup(images, labels)
+                elif recipe.smoothing:
+                    labels = mixup_target(labels, model.num_classes, smoothing=recipe.smoothing)
                 with accelerator.accumulate(wrapped):
                     terms = terms_of(recipe, accelerator, wrapped, model, teacher, images, labels)
                     accelerator.backward(terms["total"])
