@@ -16,10 +16,11 @@ out := _build/$(PROFILE)
 notebooks := $(wildcard notebooks/*.ipynb)
 executed := $(notebooks:%=$(out)/%)
 package := $(wildcard tpbook/*.py tpbook/weights/*)
+inputs := book/published.csv $(wildcard recipes/*/*.yaml notebooks/results/*/*.json)
 pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test clean
+.PHONY: book test clean matrix ablations
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -27,6 +28,10 @@ book: $(site)
 
 test: $(env)
 	$(bin)/python -m pytest -n auto
+
+# every training behind the committed results of the digits; skips what is done (about an hour on two cores)
+matrix ablations: $(env)
+	$(bin)/python notebooks/matrix.py $@
 
 clean:
 	rm -rf _build
@@ -36,7 +41,7 @@ $(env): requirements.txt constraints.txt pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py book/published.csv $(package) $(env)
+$(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(inputs) $(package) $(env)
 	$(bin)/python notebooks/run.py $< $@ profile=$(PROFILE) out=../$(out)/results
 
 $(site): $(executed) $(pages) $(package) $(env)

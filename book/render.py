@@ -28,14 +28,15 @@ def lay_out(out):
     """Everything Jupyter Book reads, under `out/site`. → that folder."""
     site = out / "site"
     sources = {path: path.relative_to(TOP) for path in (TOP / "book").rglob("*") if path.is_file()}
-    sources |= {path: path.relative_to(TOP) for path in (TOP / "tpbook").glob("*.py")}  # shown in the chapters
+    for pattern in ("tpbook/*.py", "recipes/*/*.yaml"):  # shown in the chapters
+        sources |= {path: path.relative_to(TOP) for path in TOP.glob(pattern)}
     sources[TOP / "_toc.yml"] = Path("_toc.yml")
     for folder in ("notebooks", "results"):
         sources |= {path: path.relative_to(out) for path in (out / folder).iterdir() if path.suffix in KEEP}
     for source, target in sources.items():
         copy(source, site / target)
     wanted = {site / target for target in sources.values()}
-    for folder in ("book", "notebooks", "results", "tpbook"):
+    for folder in ("book", "notebooks", "results", "tpbook", "recipes"):
         for path in (site / folder).rglob("*"):
             if path.is_file() and path not in wanted:
                 path.unlink()

@@ -1,8 +1,10 @@
-"""Every start × method × keep ratio × seed on the digits: `python notebooks/matrix.py [FOLDER]`, or `make matrix`.
+"""Every start × method × keep ratio × seed on the digits: `python notebooks/matrix.py`, or `make matrix`.
 
-Each training is a run of `tpbook.train` in FOLDER (default `_build/matrix`), one thread each, as many at once as there
-are cores. What is finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` holds
-a row for each model and way of evaluating it: which of the 797 test canvases it got right.
+`python notebooks/matrix.py ablations` (`make ablations`) trains DynamicViT's ablations likewise.
+
+Each training is a run of `tpbook.train` in `_build/matrix`, one thread each, as many at once as there are cores. What is
+finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` (`ablations.json`) holds a
+row for each model and way of evaluating it: which of the 797 test canvases it got right.
 """
 
 import itertools
@@ -56,7 +58,7 @@ def jobs(folder):
 
 
 def place(folder, key):
-    return folder / "-".join(str(part).replace(", ", "-").replace(" ", "-") for part in key)
+    return folder / "-".join(str(part).replace(",", "").replace(":", "").replace(" ", "-") for part in key)
 
 
 def fit(folder, key, recipe, changes):
@@ -105,14 +107,11 @@ def row(seed, start, method, ratio, correct, **more):
     }  # fmt: skip
 
 
-def main(folder):
-    begun, rows = time.perf_counter(), []
-    first, second = jobs(folder)
-    looks = [(folder, seed, start) for seed in SEEDS for start in ("untouched", *STARTS)]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        for wave in ([(fit, folder, *job) for job in first], [(fit, folder, *job) for job in second],
-                     [(look, *args) for args in looks]):  # fmt: skip
+def run(waves):
+    """Waves of (function, arguments), one wave after the other, the tasks of a wave side by side → all their rows."""
+    rows = []
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for wave in waves:
             done = as_completed([pool.submit(*task) for task in wave])
             try:
                 for future in tqdm(done, total=len(wave), mininterval=10):
@@ -120,12 +119,50 @@ def main(folder):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    rows.sort(key=lambda r: json.dumps([r["start"], r["method"], r["keep_ratio"], r["select"], r["trained"], r["seed"]]))
-    results.save(TOP / "notebooks" / "results" / "digits", "matrix", {
-        "seeds": SEEDS, "minutes": round((time.perf_counter() - begun) / 60, 1),
+    return sorted(rows, key=lambda r: json.dumps([r[k] for k in ("start", "method", "keep_ratio", "select", "seed")]))
+
+
+def save(name, rows, begun):
+    results.save(TOP / "notebooks" / "results" / "digits", name, {
+        "seeds": SEEDS, "minutes": round((time.perf_counter() - begun) / 60, 1), "cores": os.cpu_count(),
         "training_minutes": round(sum(r.get("seconds", 0) for r in rows) / 60, 1), "rows": rows,
     })  # fmt: skip
 
 
+def matrix(folder):
+    first, second = jobs(folder)
+    looks = [(look, folder, seed, start) for seed in SEEDS for start in ("untouched", *STARTS)]
+    return run([[(fit, folder, *job) for job in first], [(fit, folder, *job) for job in second], looks])
+
+
+# what differs from recipes/digits/dynamicvit.yaml
+ABLATIONS = {
+    "full": {},
+    "select: random": {"options": {"score": "random"}},
+    "select: static": {"options": {"score": "static"}},
+    "select: class attention": {"options": {"score": "class_attention"}},
+    "select: pooling": {"method": "", "pool_at": 6},
+    "stages: 1": {"at": [3], "keep_ratio": 0.25},
+    "stages: 2": {"at": [3, 6], "keep_ratio": 0.6},
+    "loss: no logits": {"logit_weight": 0.0},
+    "loss: no tokens": {"token_weight": 0.0},
+    "loss: neither": {"teacher": ""},
+}
+
+
+def ablations(folder):
+    wave = []
+    for seed, (name, changes) in itertools.product(SEEDS, ABLATIONS.items()):
+        if changes.get("options") or changes.get("method") == "":  # nothing learns at the predictors' rate
+            changes = {**changes, "lr": 1e-4, "backbone_lr_scale": 1.0}
+        wave.append((fit, folder / "ablations", (seed, name, "dynamicvit", 0.7), "dynamicvit", {"seed": seed, **changes}))
+    return run([wave])
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else TOP / "_build" / "matrix")
+    which = {"matrix": matrix, "ablations": ablations}
+    name = sys.argv[1] if len(sys.argv) > 1 else "matrix"
+    if name not in which:
+        sys.exit(f"one of {', '.join(which)} is expected, got {name!r}")
+    begun = time.perf_counter()
+    save(name, which[name](Path("_build/matrix")), begun)

@@ -1,6 +1,7 @@
-"""Scores that know nothing of the image: what a learned or attention-based choice has to beat."""
+"""What knows nothing of the image: random and static scores, and pooling; a learned choice has to beat them."""
 
 import torch
+import torch.nn.functional as F
 
 
 def random_scores(batch, n, *, device, generator=None):
@@ -22,3 +23,30 @@ def static_scores(grid, device=None):
     """
     rows, columns = (torch.arange(n, device=device) - (n - 1) / 2 for n in grid)
     return -(rows[:, None] ** 2 + columns[None, :] ** 2).sqrt().flatten()
+
+
+def pool(model, at):
+    """Average 2 × 2 neighbouring patch tokens into one before block `at`: DynamicViT's "structural" downsampling.
+
+    Args:
+        model: a timm `VisionTransformer`, not pruned or masked, whose patches form an even grid.
+        at: block index.
+
+    Returns:
+        A handle whose `remove()` undoes it.
+
+    Raises:
+        ValueError: `at` is no block, or the grid does not halve.
+    """
+    rows, columns = model.patch_embed.grid_size
+    if not 0 <= at < len(model.blocks):
+        raise ValueError(f"at must be a block from 0 to {len(model.blocks) - 1}, got {at}")
+    if rows % 2 or columns % 2:
+        raise ValueError(f"model must have an even grid of patches to pool, got {rows} × {columns}")
+
+    def halve(block, args):  # args[0] (B, P + N, C)
+        before, x = args[0].split([model.num_prefix_tokens, rows * columns], dim=1)
+        x = F.avg_pool2d(x.transpose(1, 2).unflatten(2, (rows, columns)), 2)  # (B, C, rows/2, columns/2)
+        return torch.cat([before, x.flatten(2).transpose(1, 2)], dim=1), *args[1:]
+
+    return model.blocks[at].register_forward_pre_hook(halve)

@@ -45,6 +45,7 @@ class Recipe:
     at: tuple[int, ...] = ()  # pruned blocks; () is the method's default
     options: dict = field(default_factory=dict)  # further options of tpbook.prune
     keep_warmup: tuple[float, float] = (0, 0)  # epochs (start, length) over which the keep rate falls from 1, as EViT
+    pool_at: int = -1  # average 2 × 2 patch tokens before this block (DynamicViT's structural baseline); -1 does not
     mask_ratio: float | tuple[float, float] = 0.0
     token_loss: str = "mse"
     ratio_weight: float = 2.0
@@ -88,8 +89,8 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         for name in (
-            "train_images", "test_images", "lr", "min_lr", "warmup_epochs", "warmup_lr", "weight_decay", "freeze_epochs", "clip_grad",
-            "workers", "eval_every", "max_steps", "mixup", "cutmix", "drop_path", "seed",
+            "train_images", "test_images", "lr", "min_lr", "warmup_epochs", "warmup_lr", "weight_decay",
+            "freeze_epochs", "clip_grad", "workers", "eval_every", "max_steps", "mixup", "cutmix", "drop_path", "seed",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")

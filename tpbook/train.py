@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from . import checkpoints, data, losses, results
 from .backbones import DIGITS, build_digits_vit, load_backbone, load_checkpoint
+from .baselines import pool
 from .digits import FRAGMENTS
 from .engine import prune
 from .evit import keep_rate
@@ -168,11 +169,13 @@ def _some(key, recipe, dataset):
 
 
 def adapt(recipe, model):
-    """Prune or mask the model as the recipe says, in place."""
+    """Prune, mask or pool the model as the recipe says, in place."""
     if recipe.method:
         prune(model, recipe.method, keep_ratio=recipe.keep_ratio, at=recipe.at or None, **recipe.options)
     elif recipe.mask_ratio != 0:
         mask(model, recipe.mask_ratio)
+    if recipe.pool_at >= 0:
+        pool(model, recipe.pool_at)
     return model
 
 
