@@ -124,7 +124,7 @@ def run(waves):
 
 def save(name, rows, begun):
     results.save(TOP / "notebooks" / "results" / "digits", name, {
-        "seeds": SEEDS, "minutes": round((time.perf_counter() - begun) / 60, 1), "cores": os.cpu_count(),
+        "seeds": SEEDS, "cores": os.cpu_count(), "last_call_minutes": round((time.perf_counter() - begun) / 60, 1),
         "training_minutes": round(sum(r.get("seconds", 0) for r in rows) / 60, 1), "rows": rows,
     })  # fmt: skip
 

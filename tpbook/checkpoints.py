@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from .recipes import as_dict
+from .recipes import Recipe, as_dict
 
 FREE = ("workers", "log_every", "eval_every")  # recipe keys that may change when a run goes on
 MANIFEST = "manifest.json"
@@ -85,7 +85,7 @@ def save_weights(model, path):
 
 
 def _same_run(recipe, theirs, where):
-    ours = as_dict(recipe)
+    ours, theirs = as_dict(recipe), as_dict(Recipe()) | theirs  # keys that are newer than the run have their defaults
     differ = [
         f"{key}={theirs.get(key)!r} there and {ours.get(key)!r} here"
         for key in ours | theirs if key not in FREE and theirs.get(key) != ours.get(key)

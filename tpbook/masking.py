@@ -6,10 +6,10 @@ told less, and which tokens it is told is chosen for it. So it is fine-tuned fir
     V ⊂ {1 … N}, uniform, |V| = ⌊(1 − r)·N⌋            `PatchMask`
     loss = cross-entropy(model([class token; {x_i + pos_i}, i ∈ V]), label)
 
-Only the paper's abstract is public, and it says no more than "masking image patches and predicting the image class
-label based on the unmasked patches". These are therefore choices of ours: masked patches are *removed* (not replaced
-by a mask token), once, after the position embedding, uniformly, at one ratio for every image of a batch; and nothing
-is distilled. Removing makes the step cheaper: at r = 0.5 every block sees half the patches.
+Only the paper's abstract is public, and it says no more than that image patches are masked and the class label is
+predicted from those that are not. These are therefore choices of ours: masked patches are *removed* (not replaced by a
+mask token), once, after the position embedding, uniformly, at one ratio for every image of a batch; and nothing is
+distilled. Removing makes the step cheaper: at r = 0.5 every block sees half the patches.
 """
 
 import math

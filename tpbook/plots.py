@@ -1,8 +1,13 @@
 """The book's pictures: one colour and mark a method everywhere, and token maps on images. Needs matplotlib, seaborn."""
 
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+import torch
+
+from . import data
 
 # Okabe and Ito's palette, told apart by colour-blind readers; the marks tell them apart in grey
 COLOURS = {
@@ -37,6 +42,36 @@ def image_of(x, mean, std):
     """A normalised (C, H, W) tensor back as an (H, W, 3) array in [0, 1]."""
     x = x.permute(1, 2, 0).numpy() * np.array(std) + np.array(mean)
     return np.broadcast_to(x, (*x.shape[:2], 3)).clip(0, 1)
+
+
+def examples(model, profile):
+    """A few images to draw: digits, or photographs whose licence lets them be shown.
+
+    Args:
+        model: a timm `VisionTransformer`, for its input size and normalisation.
+        profile: "digits" or "imagenette".
+
+    Returns:
+        (n, C, H, W) tensor for the model, list of (H, W, 3) arrays to draw, list of captions, credits in Markdown.
+    """
+    if profile == "digits":
+        test = data.digits("test")
+        chosen = [int((test.labels == label).nonzero()[3]) for label in (3, 5, 8, 2)]
+        x, (mean, std) = test.images[chosen], ([data.MEAN], [data.STD])
+        captions = [f"a {int(test.labels[i])}" for i in chosen]
+        credits = "Digits of scikit-learn's digits set, on this book's own canvases."
+    else:
+        pictures = data.nips2017_dev(data.eval_transform(model))
+        chosen, (mean, std) = [7, 175, 283, 883], (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        x, captions = torch.stack([pictures[i][0] for i in chosen]), [data.class_name(pictures[i][1]) for i in chosen]
+        rows, files = data.attribution(), [Path(pictures.samples[i][0]) for i in chosen]
+        rows = [rows[f"{file.parent.name}/{file.name}"] for file in files]
+        credits = "; ".join(
+            f"{caption}: [photograph]({row['landing_url']}) by [{row['author']}]({row['author_profile']}), "
+            f"[CC BY 2.0]({row['license']})" for caption, row in zip(captions, rows)
+        )  # fmt: skip
+        credits = f"From top to bottom: {credits}. Cropped, and drawn over, by us."
+    return x, [image_of(image, mean, std) for image in x], captions, credits
 
 
 def show_kept(ax, image, kept, grid, title=""):

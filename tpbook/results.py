@@ -71,6 +71,26 @@ def paired(ours, theirs):
     return {"difference": by_image.mean(), "spread": spread, "low": low, "high": high, "p": p}
 
 
-def unpack(correct, n):
-    """(n,) int array from the hexadecimal digits in which the matrix keeps which of n images were right."""
-    return np.array([int(bit) for bit in f"{int(correct, 16):0{n}b}"])
+def points(comparison):
+    """What `paired` found, for a table: difference ± spread over seeds [95 % interval over images]."""
+    return "{difference:+.1f} ± {spread:.1f} [{low:+.1f}, {high:+.1f}]".format(**comparison)
+
+
+def correct(rows, **want):
+    """Which test images were right, by the rows of a committed result file that have these values.
+
+    Args:
+        rows: list of dicts with "seed", "n" and "correct", n bits as hexadecimal digits.
+        **want: for example method="evit", keep_ratio=0.5.
+
+    Returns:
+        (rows, n) int array of 0 and 1, in the order of the seeds.
+
+    Raises:
+        ValueError: no row has them.
+    """
+    mine = [row for row in rows if all(row[key] == value for key, value in want.items())]
+    if not mine:
+        raise ValueError(f"no row has {want}")
+    mine.sort(key=lambda row: (row["seed"] is not None, row["seed"]))
+    return np.array([[int(bit) for bit in f"{int(row['correct'], 16):0{row['n']}b}"] for row in mine])

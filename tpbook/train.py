@@ -396,6 +396,21 @@ def evaluate(recipe, accelerator, model, test, lookup):
     return accelerator.reduce(right.to(accelerator.device), "sum").cpu()
 
 
+def test_tensors(recipe, model):
+    """The recipe's test set in memory, to measure other things on.
+
+    Args:
+        recipe: a `Recipe`.
+        model: as `build` gives it, or as `load` does.
+
+    Returns:
+        (n, C, H, W) images and (n,) labels, counted as the model's classes are.
+    """
+    classes, _, test_set = load_data(recipe)
+    images, labels = (torch.cat(part) for part in zip(*DataLoader(test_set(model), EVAL_BATCH)))
+    return images, torch.searchsorted(torch.tensor(classes), labels) if recipe.head == "data" else labels
+
+
 def load(out):
     """The trained model of a finished run, pruned or masked as it was trained, in eval mode.
 
