@@ -1,3 +1,7 @@
+import json
+from itertools import product
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -51,3 +55,16 @@ def test_pool(small, images):
         pool(model, 6)
     with pytest.raises(ValueError, match="even grid.*7 × 7"):
         pool(small("deit", img_size=112), 2)
+
+
+def test_the_committed_matrix_is_whole():
+    """Each cell that the chapters speak of has its three seeds, and each row counts what it lists."""
+    folder = Path(__file__).parent.parent / "notebooks" / "results" / "digits"
+    matrix, ablations = (json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("matrix", "ablations"))
+    starts = ("untouched", "plain", "masked 0.25", "masked 0.5", "masked 0.75")
+    for start, method, ratio in product(starts, ("dynamicvit", "evit", "dtps", "etps"), (0.7, 0.5, 0.3)):
+        cell = {"start": start, "method": method, "keep_ratio": ratio, "select": "own", "trained": True}
+        assert results.correct(matrix, **cell).shape == (3, 797)
+    for row in matrix + ablations:
+        assert results.correct([row]).sum() == row["right"]
+    assert len({row["start"] for row in ablations}) == 10 and len(ablations) == 30

@@ -57,7 +57,7 @@ def test_committed_recipes_are_whole(path):
         ({"lr": "fast"}, TypeError, "lr must be float, got 'fast'"),
         ({"method": "tome"}, ValueError, "method must be one of '', 'dynamicvit'.*got 'tome'"),
         ({"token_loss": "l1"}, ValueError, "token_loss must be one of 'mse', 'kl', got 'l1'"),
-        ({"precision": "fp8"}, ValueError, "precision must be one of 'no', 'bf16', 'fp16', got 'fp8'"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ({"keep_warmup": [1]}, TypeError, r"keep_warmup must be tuple.*got \[1\]"),
         ({"method": "evit", "mask_ratio": 0.5}, ValueError, "mask_ratio must be 0 where a method prunes"),
         ({"batch": True}, TypeError, "batch must be int, got True"),
@@ -195,7 +195,7 @@ def start(out, *args, **keys):
     pairs = [f"{k}={v}" for k, v in {**TINY, **keys}.items()]
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", *args, "-m", "tpbook.train", TOP / "recipes/digits/masked.yaml", f"out={out}",
-         "epochs=1", "mask_ratio=0", "precision='no'", *pairs],
+         "epochs=1", "mask_ratio=0", "precision=fp32", *pairs],
         cwd=TOP, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
@@ -226,21 +226,35 @@ def test_killed_in_an_epoch_it_ends_the_same(tmp_path):
 
 
 @pytest.fixture
-def stopped(tmp_path, monkeypatch):
-    """The folder of a run that stopped after its first epoch of two."""
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "run", epochs=2, eval_every=1)
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["epoch-0001", "metrics.jsonl"]
-    return tmp_path / "run"
+def stop(tmp_path, monkeypatch):
+    """Runs a recipe that stops after its first epoch of two → its folder."""
+
+    def run(**keys):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            go(tmp_path / "run", epochs=2, eval_every=1, **keys)
+        assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["epoch-0001", "metrics.jsonl"]
+        return tmp_path / "run"
+
+    return run
 
 
-def test_goes_on(stopped, tmp_path):
-    go(stopped, epochs=2, eval_every=1)
-    go(tmp_path / "whole", epochs=2)
+@pytest.fixture
+def stopped(stop):
+    return stop()
+
+
+@pytest.mark.parametrize(
+    "keys", [{"mask_ratio": [0.2, 0.8], "ema": 0.9, "accumulate": 2}, {"method": "dtps", "keep_ratio": 0.3}]
+)
+def test_goes_on(stop, tmp_path, keys):
+    stopped = stop(**keys)
+    first, whole = go(stopped, epochs=2, eval_every=1, **keys), go(tmp_path / "whole", epochs=2, **keys)
     assert same(weights(stopped), weights(tmp_path / "whole"))
+    assert first.get("ema_correct") == whole.get("ema_correct")
+    if "ema" in keys:
+        averages = [load_file(folder / "ema.safetensors") for folder in (stopped, tmp_path / "whole")]
+        assert same(*averages) and not same(averages[0], weights(stopped))
 
 
 def test_not_with_another_recipe(stopped):
@@ -355,7 +369,10 @@ AUGMENTED = {
 def test_photographs_with_augmentation_repeat(photographs, workers):
     ends = [go(photographs / str(i), **AUGMENTED, head="data", workers=workers)["last"]["total"] for i in range(2)]
     assert ends[0] == ends[1]
-    assert train.load(photographs / "0").num_classes == 2
+    model = train.load(photographs / "0")
+    assert model.num_classes == 2
+    images, labels = train.test_tensors(make({**TINY, **AUGMENTED, "head": "data"}), model)
+    assert images.shape == (6, 3, 224, 224) and labels.tolist() == [0] * 3 + [1] * 3
     assert same(weights(photographs / "0"), weights(photographs / "1"))
 
 

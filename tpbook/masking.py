@@ -94,7 +94,8 @@ def mask(model, ratio=0.5, *, when="train", seed=None):
 
     Args:
         model: a timm `VisionTransformer`, not pruned.
-        ratio: r ∈ [0, 1), or a range (lo, hi) from which each forward draws one. `model.mask_ratio = …` changes it.
+        ratio: r ∈ [0, 1), or a range (lo, hi) from which each forward draws one; with several processes each draws
+            its own. `model.mask_ratio = …` changes it.
         when: "train" masks in training mode only, "always" in eval mode too (to measure what occlusion does).
         seed: an int makes the masks the same in every forward of the same shape; None draws from torch's global
             generator.

@@ -11,6 +11,8 @@ import yaml
 from .losses import TOKEN
 from .methods import METHODS
 
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours → Accelerate's
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -68,7 +70,7 @@ class Recipe:
     frozen: tuple[str, ...] = ()  # parameters that never learn, by the start of their name
     clip_grad: float = 0.0  # gradient norm; 0 leaves it
     ema: float = 0.0  # decay of an average of the weights, evaluated beside them; 0 keeps none
-    precision: str = "no"  # "no" (float32), "bf16" or "fp16"
+    precision: str = "fp32"  # "fp32", "bf16" or "fp16"; the latter two by autocast
     seed: int = 0
     workers: int = 0  # data loading processes
     eval_every: int = 0  # test every so many epochs; 0 at the end only
@@ -80,7 +82,7 @@ class Recipe:
             object.__setattr__(self, one.name, _fit(one.name, getattr(self, one.name), one.type))
         for name, allowed in (
             ("method", ("", *METHODS)), ("token_loss", TOKEN), ("head", ("all", "data")),
-            ("precision", ("no", "bf16", "fp16")),
+            ("precision", tuple(PRECISIONS)),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 said = ", ".join(repr(a) for a in allowed)

@@ -43,7 +43,7 @@ from .digits import FRAGMENTS
 from .engine import prune
 from .evit import keep_rate
 from .masking import mask
-from .recipes import Recipe, as_dict, make, read
+from .recipes import PRECISIONS, Recipe, as_dict, make, read
 from .tracing import trace
 
 EVAL_BATCH = 100
@@ -265,7 +265,8 @@ def run(recipe, out, *, progress=True, **changes):
         return checkpoints.finished(out, recipe)
 
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    accelerator = Accelerator(mixed_precision=recipe.precision, gradient_accumulation_steps=recipe.accumulate)
+    precision = PRECISIONS[recipe.precision]
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=recipe.accumulate)
     parts = accelerator.num_processes * recipe.accumulate
     if recipe.batch % parts:
         raise ValueError(f"batch must be a multiple of processes × accumulate = {parts}, got {recipe.batch}")
