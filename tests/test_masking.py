@@ -140,3 +140,16 @@ def test_every_parameter_learns(small, images):
     model = tpbook.mask(small("deit").train(), 0.75)
     model(images(model)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+def test_explicit_attention_on_a_cpu_in_bfloat16(small, images, monkeypatch):
+    """It is the faster there; values stay, and so does the model."""
+    model = tpbook.mask(small("deit").train(), 0.5, seed=0)
+    x, seen = images(model), []
+    attn = model.blocks[0].attn
+    attn.register_forward_pre_hook(lambda module, args: seen.append(module.fused_attn))
+    exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+    assert seen == [True, False] and attn.fused_attn
+    torch.testing.assert_close(half.float(), exact, atol=0.15, rtol=0.1)

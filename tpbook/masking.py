@@ -21,7 +21,7 @@ import torch
 from timm.layers.patch_dropout import PatchDropout, patch_dropout_forward
 from timm.models import VisionTransformer
 
-from .engine import PrunedViT, mixed
+from .engine import PrunedViT, fast_attention, mixed
 
 WHEN = ("train", "always")
 
@@ -84,6 +84,13 @@ class MaskedViT:
     @mask_ratio.setter
     def mask_ratio(self, ratio):
         self.patch_drop.ratio = _check_ratio(ratio)
+
+    def forward_features(self, images, *args, **kwargs):
+        """timm's `forward_features` on the visible patches: (B, in_chans, H, W) → (B, P + n, C)."""
+        if not self.training:
+            return super().forward_features(images, *args, **kwargs)
+        with fast_attention(self, images):
+            return super().forward_features(images, *args, **kwargs)
 
 
 def mask(model, ratio=0.5, *, when="train", seed=None):

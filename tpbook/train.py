@@ -40,7 +40,7 @@ from . import checkpoints, data, losses, results
 from .backbones import DIGITS, build_digits_vit, load_backbone, load_checkpoint
 from .baselines import pool
 from .digits import FRAGMENTS
-from .engine import prune
+from .engine import fast_attention, prune
 from .evit import keep_rate
 from .masking import mask
 from .recipes import PRECISIONS, Recipe, as_dict, make, read
@@ -224,9 +224,9 @@ def terms_of(recipe, accelerator, wrapped, model, teacher, images, labels):
     """One forward of model and teacher, and the method's loss terms (`tpbook.losses`)."""
     theirs = features = None
     if teacher is not None:
-        with torch.no_grad(), accelerator.autocast(), trace(teacher) as t:
+        with torch.no_grad(), accelerator.autocast(), fast_attention(teacher, images), trace(teacher) as t:
             theirs, features = teacher(images), t.features
-    with trace(model) as traced:
+    with accelerator.autocast(), fast_attention(model, images), trace(model) as traced:
         logits = wrapped(images)
     if recipe.method and model.pruning.method.score == "predictor":
         return losses.dynamicvit(
@@ -275,9 +275,6 @@ def run(recipe, out, *, progress=True, **changes):
     classes, train_set, test_set = load_data(recipe)
     model = build(recipe, classes)
     teacher = teacher_of(recipe, classes, model)
-    if accelerator.device.type == "cpu" and recipe.precision == "bf16":
-        for block in [*model.blocks, *(teacher.blocks if teacher else ())]:
-            block.attn.fused_attn = False  # there the explicit product trains about twice as fast
     if teacher is not None:
         teacher.to(accelerator.device)
     adapt(recipe, model).to(accelerator.device)
