@@ -376,6 +376,12 @@ def test_photographs_with_augmentation_repeat(photographs, workers):
     assert same(weights(photographs / "0"), weights(photographs / "1"))
 
 
+def test_classes_that_only_the_test_set_has(photographs):
+    shutil.copytree(photographs / "tiny/val/n01440764", photographs / "tiny/val/n02102040")
+    with pytest.raises(ValueError, match="val has 1 classes that .*train lacks"):
+        go(photographs / "run", **AUGMENTED, head="data")
+
+
 def test_head_rows_are_those_of_the_classes(photographs, monkeypatch):
     full = train.new_model("vit_tiny_patch16_224", 1000).eval()
     monkeypatch.setattr(train, "load_backbone", lambda name, **kwargs: full)

@@ -62,7 +62,7 @@ def build(recipe, classes):
     Raises:
         ValueError: the model's classes or channels do not fit the data, or a checkpoint does not fit the model.
     """
-    of = 10 if recipe.data == "digits" else 1000
+    of = labels_of(recipe)
     n = len(classes) if recipe.head == "data" else of
     if recipe.start == "pretrained":
         model = load_backbone(recipe.model, drop_path_rate=recipe.drop_path)
@@ -81,6 +81,11 @@ def build(recipe, classes):
             f"model {recipe.model!r} takes images of {model.in_chans} channels and data {recipe.data!r} has {channels}"
         )
     return model
+
+
+def labels_of(recipe):
+    """How many labels the data counts, whether or not all of them occur."""
+    return 10 if recipe.data == "digits" else 1000
 
 
 def new_model(name, classes, **extra):
@@ -119,7 +124,8 @@ def load_data(recipe):
 
     Raises:
         FileNotFoundError: it is not there; the message says how to get it.
-        ValueError: `train_images` or `test_images` is more than there are.
+        ValueError: `train_images` or `test_images` is more than there are, or the test set has classes that the training
+            set lacks while head="data".
     """
     if recipe.data == "digits":
 
@@ -142,6 +148,10 @@ def load_data(recipe):
             return data.ImageNetFolder(folder / split, transform=transform)
 
     photographs = load(train)
+    if recipe.head == "data" and recipe.data != data.IMAGENETTE:
+        unseen = set(load(test).class_indices) - set(photographs.class_indices)
+        if unseen:
+            raise ValueError(f"{folder / test} has {len(unseen)} classes that {folder / train} lacks, and head='data'")
 
     def augmented(model, epoch):
         config = resolve_model_data_config(model)
@@ -278,8 +288,10 @@ def run(recipe, out, *, progress=True, **changes):
     if teacher is not None:
         teacher.to(accelerator.device)
     adapt(recipe, model).to(accelerator.device)
-    lookup = torch.full((max(classes) + 1,), -1)  # label index → the model's class
-    lookup[list(classes)] = torch.arange(len(classes)) if recipe.head == "data" else torch.tensor(classes)
+    lookup = torch.arange(labels_of(recipe))  # label index → the model's class
+    if recipe.head == "data":
+        lookup = torch.full_like(lookup, -1)
+        lookup[list(classes)] = torch.arange(len(classes))
     test = test_set(model)
 
     steps = len(loader_of(recipe, accelerator, train_set(model, 0), 0)) // recipe.accumulate
