@@ -124,8 +124,8 @@ def load_data(recipe):
 
     Raises:
         FileNotFoundError: it is not there; the message says how to get it.
-        ValueError: `train_images` or `test_images` is more than there are, or the test set has classes that the training
-            set lacks while head="data".
+        ValueError: `train_images` or `test_images` is more than there are, or with head="data" the test set has classes
+            that the training set lacks.
     """
     if recipe.data == "digits":
 
