@@ -38,8 +38,9 @@ def test_correct():
 
 
 def test_points():
-    got = results.points({"difference": 1.25, "spread": 0.5, "low": -0.31, "high": 2.8, "p": 0.1})
-    assert got == "+1.2 ± 0.5 [-0.3, +2.8]"
+    comparison = {"difference": 1.25, "spread": 0.5, "low": -0.31, "high": 2.8, "p": 0.1}
+    assert results.points(comparison) == "+1.2 ± 0.5 [-0.3, +2.8]"
+    assert results.points(comparison, interval=False) == "+1.2 ± 0.5"
 
 
 def test_pool(small, images):

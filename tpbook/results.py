@@ -71,9 +71,10 @@ def paired(ours, theirs):
     return {"difference": by_image.mean(), "spread": spread, "low": low, "high": high, "p": p}
 
 
-def points(comparison):
+def points(comparison, interval=True):
     """What `paired` found, for a table: difference ± spread over seeds [95 % interval over images]."""
-    return "{difference:+.1f} ± {spread:.1f} [{low:+.1f}, {high:+.1f}]".format(**comparison)
+    said = "{difference:+.1f} ± {spread:.1f}" + " [{low:+.1f}, {high:+.1f}]" * interval
+    return said.format(**comparison)
 
 
 def correct(rows, **want):
