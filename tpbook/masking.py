@@ -13,15 +13,13 @@ distilled. Removing makes the step cheaper: at r = 0.5 every block sees half the
 """
 
 import math
-import numbers
-from collections.abc import Iterable
 from fractions import Fraction
 
 import torch
 from timm.layers.patch_dropout import PatchDropout, patch_dropout_forward
 from timm.models import VisionTransformer
 
-from .engine import PrunedViT, fast_attention, mixed
+from .engine import PrunedViT, check_seed, decimals, fast_attention, mixed
 
 WHEN = ("train", "always")
 
@@ -122,8 +120,7 @@ def mask(model, ratio=0.5, *, when="train", seed=None):
     ratio = _check_ratio(ratio)
     if when not in WHEN:
         raise ValueError(f"when must be one of {', '.join(WHEN)}, got {when!r}")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, numbers.Integral)):
-        raise TypeError(f"seed must be an int or None, got {seed!r}")
+    check_seed(seed)
     hide = PatchMask(ratio, model.num_prefix_tokens, when, seed, model.patch_drop)
     model.patch_drop = hide.train(model.training)
     model.__class__ = mixed(MaskedViT, type(model))
@@ -150,14 +147,11 @@ def unmask(model):
 
 
 def _check_ratio(ratio):
-    several = isinstance(ratio, Iterable) and not isinstance(ratio, (str, bytes, torch.Tensor))
-    ratios = tuple(ratio) if several else (ratio,)
-    for r in ratios:
-        if isinstance(r, bool) or not isinstance(r, numbers.Real):
-            raise TypeError(f"ratio must be a number or a range (lo, hi), got {r!r}")
+    checked = decimals("ratio", ratio)
+    several = isinstance(checked, tuple)
+    for r in checked if several else (checked,):
         if not 0 <= r < 1:
             raise ValueError(f"ratio must lie in [0, 1), got {r!r}")
-    if several and (len(ratios) != 2 or ratios[0] > ratios[1]):
+    if several and (len(checked) != 2 or checked[0] > checked[1]):
         raise ValueError(f"ratio must be one number or a range (lo, hi) with lo ≤ hi, got {ratio!r}")
-    ratios = tuple(float(str(r)) for r in ratios)  # str: the decimal that was written, for NumPy's float32 too
-    return ratios if several else ratios[0]
+    return checked

@@ -66,7 +66,7 @@ class Recipe:
     weight_decay: float = 0.05
     decay_all: bool = False  # weight decay on biases, norms and position embedding too
     backbone_lr_scale: float = 1.0  # learning rate of all but the score predictors, relative to lr
-    freeze_epochs: float = 0  # epochs at first in which only the score predictors learn
+    freeze_epochs: float = 0  # whole epochs at first in which only the score predictors learn
     frozen: tuple[str, ...] = ()  # parameters that never learn, by the start of their name
     clip_grad: float = 0.0  # gradient norm; 0 leaves it
     ema: float = 0.0  # decay of an average of the weights, evaluated beside them; 0 keeps none
@@ -101,6 +101,8 @@ class Recipe:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
         if self.method and self.mask_ratio != 0:
             raise ValueError(f"mask_ratio must be 0 where a method prunes, got {self.mask_ratio!r} and {self.method!r}")
+        if self.pool_at >= 0 and (self.method or self.mask_ratio != 0):
+            raise ValueError(f"pool_at must be -1 where tokens are pruned or masked, got {self.pool_at!r}")
         if self.data == "digits" and self.repeats > 1:
             raise ValueError(f"repeats must be 1 for digits, whose canvases are new each epoch; got {self.repeats!r}")
 

@@ -299,6 +299,8 @@ def run(recipe, out, *, progress=True, **changes):
         raise ValueError(f"batch must be at most the number of training images, got {recipe.batch}")
     mixup = None  # timm's wants one of the two; smoothing alone is `mixup_target`
     if recipe.mixup or recipe.cutmix:
+        if recipe.batch // parts % 2:
+            raise ValueError(f"batch / (processes × accumulate) must be even for mixup, got {recipe.batch} / {parts}")
         mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=model.num_classes)
     optimizer = optimizer_of(recipe, model)
     schedule = CosineLRScheduler(
