@@ -1,9 +1,11 @@
 """Numbers that a run printed, written down with where they come from."""
 
 import datetime
+import functools
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -32,16 +34,28 @@ def save(folder, name, numbers):
 
 
 def provenance():
-    """dict: date, versions and hardware of this process."""
+    """dict: date, commit (None outside a Git checkout), versions and hardware of this process."""
     return {
         "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__.split("+")[0],
         "timm": timm.__version__,
-        "machine": platform.machine(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": torch.get_num_threads(),
     }
+
+
+@functools.cache
+def _commit():
+    """The checkout's commit, ending in "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no Git here
+        return None
+    return ran.stdout.strip() or None
 
 
 def accuracy(right, n):
