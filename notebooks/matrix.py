@@ -100,10 +100,9 @@ def look(folder, seed, start):
 
 
 def row(seed, start, method, ratio, correct, **more):
-    n = len(correct)
     return {
         "seed": seed, "start": start, "method": method, "keep_ratio": ratio, "select": "own", **more,
-        "right": correct.count("1"), "n": n, "correct": f"{int(correct, 2):0{-(-n // 4)}x}",
+        "right": correct.count("1"), "n": len(correct), "correct": results.pack(correct),
     }  # fmt: skip
 
 

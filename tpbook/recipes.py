@@ -144,6 +144,22 @@ def make(values):
     return Recipe(**values)
 
 
+def budget(name, **small):
+    """What the budget of a notebook changes in a recipe.
+
+    Args:
+        name: "slice", the keys of `small`; "recipe", nothing; "gpu", all images and 10 epochs.
+        **small: recipe keys of a run of minutes.
+
+    Raises:
+        ValueError: another name.
+    """
+    budgets = {"slice": small, "recipe": {}, "gpu": {"train_images": 0, "epochs": 10}}
+    if name not in budgets:
+        raise ValueError(f"budget must be one of {', '.join(budgets)}, got {name!r}")
+    return budgets[name]
+
+
 def as_dict(recipe):
     """What JSON can hold: tuples as lists."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}

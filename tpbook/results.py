@@ -85,17 +85,68 @@ def paired(ours, theirs):
     return {"difference": by_image.mean(), "spread": spread, "low": low, "high": high, "p": p}
 
 
+def percent(correct):
+    """Accuracy over an array of 0 and 1, for a table: 97.2 [95.3, 98.3], its 95 % interval."""
+    said = accuracy(int(correct.sum()), correct.size)
+    return f"{said['percent']:.1f} [{said['low']:.1f}, {said['high']:.1f}]"
+
+
 def points(comparison, interval=True):
     """What `paired` found, for a table: difference ± spread over seeds [95 % interval over images]."""
     said = "{difference:+.1f} ± {spread:.1f}" + " [{low:+.1f}, {high:+.1f}]" * interval
     return said.format(**comparison)
 
 
+def gain(ours, theirs):
+    """What `paired` finds, for a table: difference in points, [95 % interval over images], p-value."""
+    said = paired(ours, theirs)
+    return f"{said['difference']:+.1f} [{said['low']:+.1f}, {said['high']:+.1f}], {probability(said['p'])}"
+
+
+def probability(p):
+    """A p-value as it is printed."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.4f}" if p < 0.001 else f"p = {p:.3f}"
+
+
+def pack(bits):
+    """The hexadecimal digits of a string of 0 and 1, one a test image; `correct` reads them."""
+    return f"{int(bits, 2):0{-(-len(bits) // 4)}x}"
+
+
+def rows(folder):
+    """The rows of every result file of a folder, in the order of the files' names."""
+    return [row for path in sorted(Path(folder).glob("*.json")) for row in json.loads(path.read_text())["rows"]]
+
+
+def made(folder):
+    """Under what the result files of a folder were trained; text for each, "a, b" where they differ.
+
+    Args:
+        folder: of result files whose "training" is None, or holds the "recipe", "seconds" and "run" of `train.run`.
+
+    Returns:
+        dict: "runs", how many trainings; "minutes" of them together; "images", "epochs", "seeds", "precision";
+        "device", "machine", "threads", "torch", "timm", "commit", "date".
+    """
+    read = [json.loads(path.read_text())["training"] for path in sorted(Path(folder).glob("*.json"))]
+    ran = [training for training in read if training]
+
+    def all_of(part, key):
+        return ", ".join(sorted({str(training[part][key]) for training in ran}))
+
+    return {
+        "runs": len(ran), "minutes": round(sum(training["seconds"] for training in ran) / 60),
+        "images": all_of("recipe", "train_images"), "epochs": all_of("recipe", "epochs"),
+        "seeds": all_of("recipe", "seed"), "precision": all_of("recipe", "precision"),
+        **{key: all_of("run", key) for key in ("device", "machine", "threads", "torch", "timm", "commit", "date")},
+    }  # fmt: skip
+
+
 def correct(rows, **want):
     """Which test images were right, by the rows of a committed result file that have these values.
 
     Args:
-        rows: list of dicts with "seed", "n" and "correct", n bits as hexadecimal digits.
+        rows: list of dicts with "seed", "n" and "correct", n bits as `pack` writes them.
         **want: for example method="evit", keep_ratio=0.5.
 
     Returns:

@@ -88,6 +88,15 @@ def labels_of(recipe):
     return 10 if recipe.data == "digits" else 1000
 
 
+def lookup_of(recipe, classes):
+    """(labels,) int64: the model's class of each label; -1 for a label that the data does not have."""
+    lookup = torch.arange(labels_of(recipe))
+    if recipe.head == "data":
+        lookup = torch.full_like(lookup, -1)
+        lookup[list(classes)] = torch.arange(len(classes))
+    return lookup
+
+
 def new_model(name, classes, **extra):
     """The architecture with random weights."""
     if name == DIGITS:
@@ -288,11 +297,7 @@ def run(recipe, out, *, progress=True, **changes):
     if teacher is not None:
         teacher.to(accelerator.device)
     adapt(recipe, model).to(accelerator.device)
-    lookup = torch.arange(labels_of(recipe))  # label index → the model's class
-    if recipe.head == "data":
-        lookup = torch.full_like(lookup, -1)
-        lookup[list(classes)] = torch.arange(len(classes))
-    test = test_set(model)
+    lookup, test = lookup_of(recipe, classes), test_set(model)
 
     steps = len(loader_of(recipe, accelerator, train_set(model, 0), 0)) // recipe.accumulate
     if not steps:

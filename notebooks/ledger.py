@@ -1,0 +1,265 @@
+"""The ledger: every claim of the papers beside what this book measured. `make ledger` writes book/ledger.csv.
+
+`book/claims.csv` holds the claims and how each can be tested, `notebooks/results/` what was measured. The status of a
+claim follows from the two by these rules, and from nothing else:
+
+- MACs and parameters: `equal` where the closed form is within half a printed digit (0.03 G for a digitised MACs figure),
+  else `not seen`, and the claim must carry a cause.
+- Speed, as the ratio to the dense row of the same table: `equal` within 10 % of the published ratio, else `same trend` where
+  the 95 % interval of ours lies above 1, `contradicted` where it lies below, `not seen` otherwise.
+- Direction, "`ours` is better than `against`": on the same test images `same trend` where the 95 % interval of the mean
+  difference excludes zero on the claimed side and every seed agrees, `contradicted` likewise on the other side, else
+  `not seen`. A claim of no difference is `same trend` where the interval holds zero, else `contradicted`.
+- Any other accuracy: read from an ImageNet run where `notebooks/results/imagenet/` holds one of that model, method, blocks
+  and ratio: `equal` where the published value lies in its 95 % interval, else `not seen`. Without one `needs ImageNet`.
+- `not covered`: a model or method that this book does not have, or a finding that it has no test for. The row says why.
+"""
+
+import csv
+import itertools
+import json
+import sys
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from tpbook import METHODS, results
+
+TOP = Path(__file__).resolve().parent.parent
+CLAIMS, LEDGER, RESULTS = TOP / "book" / "claims.csv", TOP / "book" / "ledger.csv", TOP / "notebooks" / "results"
+STATUSES = ("equal", "same trend", "not seen", "contradicted", "needs ImageNet", "not covered")
+SETTINGS = {  # of the result files: what a reader sees, and how their rows are made again
+    "digits/matrix": ("digits, 3 seeds", "make matrix"), "digits/ablations": ("digits, 3 seeds", "make ablations"),
+    "imagenette": ("Imagenette, DeiT-Ti", None), "nips": ("nips2017-dev, DeiT-Ti", None),
+}  # fmt: skip
+MODELS = {"deit_tiny_patch16_224": "DeiT-Ti", "deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B"}
+NAMES = {"dynamicvit": "DynamicViT", "evit": "EViT", "dtps": "dTPS", "etps": "eTPS"}
+UNITS = {"MACs": "G", "params": "M", "top-1": "%", "top-5": "%", "images/s": "images/s", "speed-up": "×", "finding": ""}
+CONFIG = ("model", "image_size", "method", "fuse", "at", "keep_ratio")
+
+
+def claims():
+    """The rows of book/claims.csv as dicts of text."""
+    with CLAIMS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@cache
+def measured(name):
+    """The rows of a result file, or of a folder of them, each with the file it stands in."""
+    folder = {"nips": "imagenette"}.get(name, name)
+    paths = [RESULTS / f"{folder}.json"] if (RESULTS / f"{folder}.json").exists() else sorted((RESULTS / folder).glob("*.json"))
+    rows = [{**row, "file": path} for path in paths for row in json.loads(path.read_text())["rows"]]
+    return [row for row in rows if row.get("data", "test") == ("nips" if name == "nips" else "test")]
+
+
+def select(text):
+    """`FILE; key=value; …` → (seeds, n) array of 0 and 1, and the files; `a|b` averages, ` minus ` subtracts."""
+    total, files = 0.0, []
+    for sign, selector in zip(itertools.chain([1], itertools.repeat(-1)), text.split(" minus ")):
+        name, *pairs = (part.strip() for part in selector.split(";"))
+        want = {"select": "own", "trained": "true"} | dict(pair.split("=", 1) for pair in pairs)
+        want = {key: [_value(v) for v in value.split("|")] for key, value in want.items()}
+        cells = [dict(zip(want, one)) for one in itertools.product(*want.values())]
+        total = total + sign * np.mean([results.correct(measured(name), **cell) for cell in cells], axis=0)
+        files += [r["file"] for r in measured(name) if any(all(r[k] == v for k, v in cell.items()) for cell in cells)]
+    return total, sorted(set(files))
+
+
+def _value(text):
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def direction(claim):
+    """Status of a claim that one way is better than another, ours in words, and the files."""
+    (ours, files), (theirs, more) = select(claim["ours"]), select(claim["against"])
+    p = results.paired(ours, theirs)
+    by_seed = (ours - theirs).mean(axis=1)
+    if claim["relation"] == "=":
+        status = "same trend" if p["low"] <= 0 <= p["high"] else "contradicted"
+    elif p["low"] > 0 and (by_seed > 0).all():
+        status = "same trend"
+    elif p["high"] < 0 and (by_seed < 0).all():
+        status = "contradicted"
+    else:
+        status = "not seen"
+    said = f"{p['difference']:+.1f} points [{p['low']:+.1f}, {p['high']:+.1f}], {results.probability(p['p'])}, n = {ours.shape[1]}"
+    return status, said, sorted({*files, *more})
+
+
+@cache
+def counted():
+    """Configuration → its row of results/cost-and-speed.json."""
+    path = RESULTS / "cost-and-speed.json"
+    return {tuple(row[key] for key in CONFIG): row for row in json.loads(path.read_text())["rows"]}
+
+
+def configuration(claim):
+    """What a row of cost-and-speed.json is found by."""
+    return tuple(claim[key] for key in CONFIG)
+
+
+def ours(claim):
+    """Whether this book has the claim's model and method."""
+    return claim["model"] in MODELS and claim["method"] in ("dense", *METHODS)
+
+
+def cost(claim):
+    row = counted()[configuration(claim)]
+    value, unit = (row["gmacs"], "G") if claim["quantity"] == "MACs" else (row["params"], "M")
+    digitised = claim["quantity"] == "MACs" and claim["tag"] == "D"
+    slack = 0.03 if digitised else 0.5 * 10 ** -int(claim["decimals"]) + 1e-9
+    status = "equal" if abs(value - float(claim["value"])) <= slack else "not seen"
+    return status, f"{value:.3f} {unit}", [RESULTS / "cost-and-speed.json"]
+
+
+def dense_of(claim, rows):
+    """The dense row that a row of images a second is compared with."""
+    same = ("paper", "table", "model", "image_size", "quantity", "source")
+    found = [r for r in rows if r["method"] == "dense" and all(r[k] == claim[k] for k in same)]
+    return float(found[0]["value"]) if found else None
+
+
+def speed(claim, published):
+    row = counted()[configuration(claim)]
+    if claim["method"] == "dense":
+        return None
+    if abs(row["times"] / published - 1) <= 0.1:
+        status = "equal"
+    else:
+        status = "same trend" if row["low"] > 1 else "contradicted" if row["high"] < 1 else "not seen"
+    said = f"{row['times']:.2f} × dense [{row['low']:.2f}, {row['high']:.2f}]"
+    return status, said, [RESULTS / "cost-and-speed.json"]
+
+
+@cache
+def imagenet_runs():
+    """The ImageNet results that somebody has copied to results/imagenet/."""
+    return [(path, json.loads(path.read_text())) for path in sorted((RESULTS / "imagenet").glob("*.json"))]
+
+
+def on_imagenet(claim):
+    """The run of this configuration from the untouched weights, or None."""
+    for path, result in imagenet_runs():
+        r = result["recipe"]
+        blocks = " ".join(map(str, r["at"])) or "3 6 9"
+        fuse = str(r["options"].get("fuse", True)) if r["method"] == "evit" else ""
+        if r["start"] == "pretrained" and (r["model"], r["method"], fuse, blocks, f"{r['keep_ratio']}") == (
+            claim["model"], claim["method"], claim["fuse"], claim["at"], claim["keep_ratio"]
+        ):  # fmt: skip
+            return path, result["accuracy"]
+    return None
+
+
+def accuracy(claim):
+    run = on_imagenet(claim) if claim["quantity"] == "top-1" and not claim["claim"] else None
+    if run is None:
+        return "needs ImageNet", "", []
+    path, a = run
+    rounding = 0.5 * 10 ** -int(claim["decimals"])
+    inside = a["low"] - rounding <= float(claim["value"]) <= a["high"] + rounding
+    return ("equal" if inside else "not seen"), f"{a['percent']:.1f} % [{a['low']:.1f}, {a['high']:.1f}]", [path]
+
+
+def words(claim):
+    """A claim as the ledger says it."""
+    if claim["quantity"] == "finding":
+        return claim["claim"]
+    where = [MODELS.get(claim["model"], claim["model"]) + (f" at {claim['image_size']} px" if claim["image_size"] not in ("", "224") else "")]
+    if claim["method"] not in ("", "dense"):
+        where.append(NAMES.get(claim["method"], claim["method"]) + (", no fusion" if claim["fuse"] == "False" else ""))
+    if claim["keep_ratio"] not in ("", "1.0"):
+        where.append(f"ρ = {claim['keep_ratio']}" + (f" at {claim['at'].replace(' ', ', ')}" if claim["at"] not in ("", "3 6 9") else ""))
+    return f"{claim['quantity']}: {', '.join(w for w in where if w)}" + (f"; {claim['claim']}" if claim["claim"] else "")
+
+
+def entry(claim, rows):
+    """One row of the ledger."""
+    published = f"{float(claim['value']):.{claim['decimals'] or 0}f} {UNITS[claim['quantity']]}".strip() if claim["value"] else ""
+    setting, status, said, files = "", None, "", []
+    if claim["ours"]:
+        status, said, files = direction(claim)
+        setting = SETTINGS[claim["ours"].split(";")[0].strip()][0]
+    elif not ours(claim) or claim["quantity"] == "finding":
+        status = "not covered"
+    elif claim["quantity"] in ("MACs", "params"):
+        status, said, files = cost(claim)
+        setting = "closed form"
+    elif claim["quantity"] in ("images/s", "speed-up"):
+        dense = 1.0 if claim["quantity"] == "speed-up" else dense_of(claim, rows)
+        if claim["method"] != "dense" and dense:
+            ratio = float(claim["value"]) / dense
+            published += f" ({ratio:.2f} × dense)" if claim["quantity"] == "images/s" else ""
+            status, said, files = speed(claim, ratio)
+            setting = "CPU, one core, float32"
+        else:
+            status = "not covered"
+    else:
+        status, said, files = accuracy(claim)
+        setting = "ImageNet"
+    return {
+        "paper": claim["paper"], "table": claim["table"], "claim": words(claim), "published": published, "tag": claim["tag"],
+        "source": claim["source"], "ours": said, "setting": setting, "status": status,
+        "results": " ".join(str(path.relative_to(TOP)) for path in files), "command": command(claim, files), "why": why(claim, status),
+    }  # fmt: skip
+
+
+def command(claim, files):
+    """What makes the result files again."""
+    if claim["ours"]:
+        again = SETTINGS[claim["ours"].split(";")[0].strip()][1]
+        return again or "; ".join(f"make row ROW={path.stem}" for path in files)
+    return "make cost" if files and files[0].stem == "cost-and-speed" else ""
+
+
+def why(claim, status):
+    """What explains a status that is not plain from the numbers."""
+    if claim["cause"] or status != "not covered":
+        return claim["cause"]
+    if claim["quantity"] in ("images/s", "speed-up"):
+        return "the row that the others are compared with" if claim["method"] == "dense" else "no dense row beside it"
+    return "no test of it here"
+
+
+def ledger():
+    """Every claim with its status, in the order of book/claims.csv: a list of dicts of text."""
+    rows = claims()
+    return [entry(claim, rows) for claim in rows]
+
+
+def write():
+    entries = ledger()
+    with LEDGER.open("w", newline="") as file:
+        writer = csv.DictWriter(file, entries[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(entries)
+    print(", ".join(f"{n} {status}" for status, n in Counter(e["status"] for e in entries).most_common()))
+
+
+def compare(path):
+    """Print how far a row that was run again is from the committed one. → whether every figure is inside its interval."""
+    again = json.loads(Path(path).read_text())
+    keys = ("method", "keep_ratio", "select", "trained", "data")
+    committed = json.loads((RESULTS / again["profile"] / Path(path).name).read_text())["rows"]
+    committed, whole = {tuple(row[key] for key in keys): row for row in committed}, True
+    for row in again["rows"]:
+        was = committed[tuple(row[key] for key in keys)]
+        was, now = (results.accuracy(r["right"], r["n"]) for r in (was, row))
+        inside = was["low"] <= now["percent"] <= was["high"]
+        whole &= inside
+        print(f"{row['method']} ρ = {row['keep_ratio']} {row['select']}, {row['data']}: {now['percent']:.1f} %, "
+              f"{'inside' if inside else 'OUTSIDE'} the committed {was['percent']:.1f} [{was['low']:.1f}, {was['high']:.1f}]")  # fmt: skip
+    return whole
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["compare"]:
+        sys.exit(not compare(sys.argv[2]))
+    write()
