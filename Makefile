@@ -16,11 +16,11 @@ out := _build/$(PROFILE)
 notebooks := $(wildcard notebooks/*.ipynb)
 executed := $(notebooks:%=$(out)/%)
 package := $(wildcard tpbook/*.py tpbook/weights/*)
-inputs := book/published.csv $(wildcard recipes/*/*.yaml notebooks/results/*/*.json)
+inputs := book/claims.csv book/ledger.csv book/imagenet.md notebooks/ledger.py $(wildcard recipes/*/*.yaml notebooks/results/*.json notebooks/results/*/*.json)
 pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test clean matrix ablations
+.PHONY: book test clean results workflow row cost ledger matrix ablations
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -28,6 +28,30 @@ book: $(site)
 
 test: $(env)
 	$(bin)/python -m pytest -n auto
+
+# every row of the reduced reproduction, by Snakemake; skips what is done (an hour and a half on two cores)
+results: workflow
+	$(bin)/snakemake --snakefile notebooks/Snakefile --cores all --rerun-triggers mtime --rerun-incomplete --nolock --quiet rules
+
+# Snakemake, which only `make results` needs
+workflow: $(env)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check -e .[workflow] -c constraints.txt
+
+# one row of it again, beside the committed one: make row ROW=plain-dtps-0.3-s0
+again := _build/again
+row: $(env)
+	rm -rf $(again)/runs/$(ROW)
+	$(bin)/python notebooks/run.py notebooks/one-training.ipynb $(again)/$(ROW).ipynb \
+		profile=imagenette budget=recipe row=$(ROW) changes=workers=1 out=../$(again) runs=../$(again)/runs
+	$(bin)/python notebooks/ledger.py compare $(again)/$(ROW).json
+
+# MACs, parameters and speed ratios of the published settings (a quarter of an hour)
+cost: $(env)
+	$(bin)/python notebooks/run.py notebooks/cost-and-speed.ipynb $(again)/cost-and-speed.ipynb budget=full out=results
+
+# the status of every claim, from book/claims.csv and the results
+ledger: $(env)
+	$(bin)/python notebooks/ledger.py
 
 # every training behind the committed results of the digits; skips what is done (about an hour on two cores)
 matrix ablations: $(env)

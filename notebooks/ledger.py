@@ -10,14 +10,16 @@ claim follows from the two by these rules, and from nothing else:
 - Direction, "`ours` is better than `against`": on the same test images `same trend` where the 95 % interval of the mean
   difference excludes zero on the claimed side and every seed agrees, `contradicted` likewise on the other side, else
   `not seen`. A claim of no difference is `same trend` where the interval holds zero, else `contradicted`.
-- Any other accuracy: read from an ImageNet run where `notebooks/results/imagenet/` holds one of that model, method, blocks
-  and ratio: `equal` where the published value lies in its 95 % interval, else `not seen`. Without one `needs ImageNet`.
+- Any other accuracy: read from an ImageNet run where `notebooks/results/imagenet/` holds one of that model, method, blocks,
+  ratio, start and epochs: `equal` where the published value lies in its 95 % interval, else `not seen`. Without one
+  `needs ImageNet`.
 - `not covered`: a model or method that this book does not have, or a finding that it has no test for. The row says why.
 """
 
 import csv
 import itertools
 import json
+import re
 import sys
 from collections import Counter
 from functools import cache
@@ -32,9 +34,11 @@ CLAIMS, LEDGER, RESULTS = TOP / "book" / "claims.csv", TOP / "book" / "ledger.cs
 STATUSES = ("equal", "same trend", "not seen", "contradicted", "needs ImageNet", "not covered")
 SETTINGS = {  # of the result files: what a reader sees, and how their rows are made again
     "digits/matrix": ("digits, 3 seeds", "make matrix"), "digits/ablations": ("digits, 3 seeds", "make ablations"),
-    "imagenette": ("Imagenette, DeiT-Ti", None), "nips": ("nips2017-dev, DeiT-Ti", None),
+    "imagenette": ("Imagenette, DeiT-Ti, 1 seed", None), "nips": ("nips2017-dev, DeiT-Ti", None),
 }  # fmt: skip
-MODELS = {"deit_tiny_patch16_224": "DeiT-Ti", "deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B"}
+MODELS = {  # "DeiT": which, the paper does not say
+    "deit_tiny_patch16_224": "DeiT-Ti", "deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B", "DeiT": "DeiT",
+}  # fmt: skip
 NAMES = {"dynamicvit": "DynamicViT", "evit": "EViT", "dtps": "dTPS", "etps": "eTPS"}
 UNITS = {"MACs": "G", "params": "M", "top-1": "%", "top-5": "%", "images/s": "images/s", "speed-up": "×", "finding": ""}
 CONFIG = ("model", "image_size", "method", "fuse", "at", "keep_ratio")
@@ -90,7 +94,11 @@ def direction(claim):
         status = "contradicted"
     else:
         status = "not seen"
-    said = f"{p['difference']:+.1f} points [{p['low']:+.1f}, {p['high']:+.1f}], {results.probability(p['p'])}, n = {ours.shape[1]}"
+    seeds = f", {(by_seed > 0).sum()} of {len(by_seed)} seeds ahead" if len(by_seed) > 1 else ""
+    said = (
+        f"{p['difference']:+.1f} points [{p['low']:+.1f}, {p['high']:+.1f}], {results.probability(p['p'])}, "
+        f"n = {ours.shape[1]}{seeds}"
+    )
     return status, said, sorted({*files, *more})
 
 
@@ -146,20 +154,25 @@ def imagenet_runs():
 
 
 def on_imagenet(claim):
-    """The run of this configuration from the untouched weights, or None."""
+    """The ImageNet run of this configuration, start and number of epochs, or None."""
+    epochs = re.search(r"(\d+) epochs", claim["claim"])
+    if claim["quantity"] != "top-1" or claim["image_size"] != "224" or (claim["claim"] and not epochs):
+        return None  # top-5, other sizes, ablations: no run that this book trains
+    start = "random" if "from scratch" in claim["claim"] else "pretrained"
     for path, result in imagenet_runs():
         r = result["recipe"]
-        blocks = " ".join(map(str, r["at"])) or "3 6 9"
+        blocks = " ".join(map(str, r["at"] or (3, 6, 9))) if r["method"] else ""
         fuse = str(r["options"].get("fuse", True)) if r["method"] == "evit" else ""
-        if r["start"] == "pretrained" and (r["model"], r["method"], fuse, blocks, f"{r['keep_ratio']}") == (
-            claim["model"], claim["method"], claim["fuse"], claim["at"], claim["keep_ratio"]
+        ratio = f"{r['keep_ratio'] if r['method'] else 1.0}"
+        if (r["model"], r["method"] or "dense", fuse, blocks, ratio, r["start"], r["epochs"]) == (
+            claim["model"], claim["method"], claim["fuse"], claim["at"], claim["keep_ratio"], start, int(epochs[1]) if epochs else 30,
         ):  # fmt: skip
             return path, result["accuracy"]
     return None
 
 
 def accuracy(claim):
-    run = on_imagenet(claim) if claim["quantity"] == "top-1" and not claim["claim"] else None
+    run = on_imagenet(claim)
     if run is None:
         return "needs ImageNet", "", []
     path, a = run
@@ -186,7 +199,7 @@ def entry(claim, rows):
     setting, status, said, files = "", None, "", []
     if claim["ours"]:
         status, said, files = direction(claim)
-        setting = SETTINGS[claim["ours"].split(";")[0].strip()][0]
+        setting = tested_on(claim)
     elif not ours(claim) or claim["quantity"] == "finding":
         status = "not covered"
     elif claim["quantity"] in ("MACs", "params"):
@@ -209,6 +222,14 @@ def entry(claim, rows):
         "source": claim["source"], "ours": said, "setting": setting, "status": status,
         "results": " ".join(str(path.relative_to(TOP)) for path in files), "command": command(claim, files), "why": why(claim, status),
     }  # fmt: skip
+
+
+def tested_on(claim):
+    """Data, starts, and whether anything was trained, of a claim of direction."""
+    name, both = claim["ours"].split(";")[0].strip(), f"{claim['ours']}; {claim['against']}"
+    starts = [] if name == "digits/ablations" else dict.fromkeys(re.findall(r"start=([^;]+?)(?: minus|;|$)", both))
+    started = f", {' and '.join(starts)} start" if starts else ""
+    return SETTINGS[name][0] + started + (", not trained" if "trained=false" in both else "")
 
 
 def command(claim, files):

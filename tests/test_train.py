@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import tpbook
 from tpbook import data, train
-from tpbook.recipes import make, read
+from tpbook.recipes import budget, make, read
 
 TOP = Path(__file__).parent.parent
 TINY = {"train_images": 40, "test_images": 50, "batch": 20, "lr": 1e-4}
@@ -68,6 +68,14 @@ def test_committed_recipes_are_whole(path):
 def test_bad_keys_are_named(keys, error, words):
     with pytest.raises(error, match=words):
         make(keys)
+
+
+def test_budgets():
+    small = {"epochs": 1, "train_images": 100}
+    assert budget("slice", **small) == small and budget("recipe", **small) == {}
+    assert budget("gpu", **small) == {"train_images": 0, "epochs": 10}
+    with pytest.raises(ValueError, match="budget must be one of slice, recipe, gpu, got 'full'"):
+        budget("full")
 
 
 def test_recipe_files(tmp_path):

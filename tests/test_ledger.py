@@ -1,0 +1,119 @@
+"""The ledger says what the results say, and its rules do what the page says of them."""
+
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from notebooks import ledger
+
+CLAIMS = ledger.claims()
+
+
+def test_the_committed_ledger_is_what_the_results_say():
+    with ledger.LEDGER.open(newline="") as file:
+        assert list(csv.DictReader(file)) == ledger.ledger(), "`make ledger` writes book/ledger.csv again"
+
+
+def test_every_claim_has_a_status_and_says_where_it_comes_from():
+    for entry in ledger.ledger():
+        assert entry["status"] in ledger.STATUSES and entry["tag"] in ("V", "V2", "D", "I") and entry["source"]
+        if entry["ours"]:
+            assert entry["results"] and entry["command"] and entry["setting"]
+            assert all((ledger.TOP / path).exists() for path in entry["results"].split())
+        if entry["status"] == "not covered":
+            assert entry["why"]
+
+
+def test_costs_are_equal_or_explained():
+    costs = [entry for entry in ledger.ledger() if entry["setting"] == "closed form"]
+    assert len(costs) >= 83
+    assert all(entry["status"] == "equal" or entry["why"] for entry in costs)
+
+
+def test_the_headlines_are_tested_in_pairs():
+    tested = [e for e in ledger.ledger() if "points" in e["ours"] and "Imagenette" in e["setting"]]
+    assert all("p " in entry["ours"] for entry in tested)
+    for paper in ("Masked fine-tuning", "TPS"):
+        assert sum(entry["paper"] == paper for entry in tested) >= 5
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two ways on 400 images and two seeds, b right where a is not in as many images a seed as asked for."""
+
+    def make(*better):
+        a = np.zeros((2, 400), int)
+        a[:, :200] = 1
+        b = a.copy()
+        for seed, n in enumerate(better):
+            if n >= 0:
+                b[seed, 200 : 200 + n] = 1
+            else:
+                b[seed, : -n] = 0
+        sides = {"b": b, "a": a}
+        monkeypatch.setattr(ledger, "select", lambda text: (sides[text], []))
+
+    return make
+
+
+def status(relation=">", ours="b", against="a"):
+    return ledger.direction({"ours": ours, "against": against, "relation": relation})[0]
+
+
+def test_direction(two):
+    two(40, 30)
+    assert (status(), status(ours="a", against="b"), status("=")) == ("same trend", "contradicted", "contradicted")
+    two(60, -2)  # one seed disagrees
+    assert status() == "not seen"
+    two(1, 1)  # within chance
+    assert (status(), status("=")) == ("not seen", "same trend")
+
+
+def test_select(monkeypatch):
+    def row(start, ratio, seed, correct):
+        return {"start": start, "keep_ratio": ratio, "select": "own", "trained": True, "seed": seed, "n": 4,
+                "correct": correct, "file": f"{start}-{ratio}.json"}  # fmt: skip
+
+    rows = [row("plain", 0.5, 0, "f"), row("plain", 0.3, 0, "8"), row("masked", 0.5, 0, "c")]
+    monkeypatch.setattr(ledger, "measured", lambda name: rows)
+    bits, files = ledger.select("x; start=plain; keep_ratio=0.5")
+    assert bits.tolist() == [[1, 1, 1, 1]] and files == ["plain-0.5.json"]
+    bits, files = ledger.select("x; start=plain; keep_ratio=0.5|0.3")
+    assert bits.tolist() == [[1, 0.5, 0.5, 0.5]] and files == ["plain-0.3.json", "plain-0.5.json"]
+    bits, files = ledger.select("x; start=masked; keep_ratio=0.5 minus x; start=plain; keep_ratio=0.3")
+    assert bits.tolist() == [[0, 1, 0, 0]] and files == ["masked-0.5.json", "plain-0.3.json"]
+    with pytest.raises(ValueError, match="no row has"):
+        ledger.select("x; start=plain; keep_ratio=0.1")
+
+
+def test_speed(monkeypatch):
+    claim = dict.fromkeys(ledger.CONFIG, "") | {"method": "evit"}
+    for times, low, high, expected in (
+        (1.5, 1.45, 1.55, "equal"),
+        (1.2, 1.1, 1.3, "same trend"),
+        (1.05, 0.9, 1.2, "not seen"),
+        (0.8, 0.7, 0.9, "contradicted"),
+    ):
+        rows = {ledger.configuration(claim): {"times": times, "low": low, "high": high}}
+        monkeypatch.setattr(ledger, "counted", lambda rows=rows: rows)
+        assert ledger.speed(claim, 1.5)[0] == expected
+
+
+def test_an_imagenet_run_settles_its_claim(monkeypatch, tmp_path):
+    sought = {"table": "Table 1", "quantity": "top-1", "method": "dynamicvit", "keep_ratio": "0.7"}
+    claim = next(c for c in CLAIMS if sought.items() <= c.items())
+    assert ledger.accuracy(claim)[0] == "needs ImageNet"
+    recipe = {"model": claim["model"], "method": "dynamicvit", "keep_ratio": 0.7, "at": [], "options": {}}
+    recipe |= {"start": "pretrained", "epochs": 30}
+    for percent, expected in ((79.4, "equal"), (78.0, "not seen")):
+        run = {"recipe": recipe, "accuracy": {"percent": percent, "low": percent - 0.35, "high": percent + 0.35}}
+        monkeypatch.setattr(ledger, "imagenet_runs", lambda run=run: [(tmp_path, run)])
+        assert ledger.accuracy(claim)[0] == expected
+    recipe["epochs"] = 100  # another training
+    assert ledger.accuracy(claim)[0] == "needs ImageNet"
+
+
+def test_claims_are_written_once():
+    assert not [row for row, n in Counter(tuple(c.values()) for c in CLAIMS).items() if n > 1]
