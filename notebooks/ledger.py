@@ -102,16 +102,16 @@ def direction(claim):
     return status, said, sorted({*files, *more})
 
 
-@cache
-def counted():
-    """Configuration → its row of results/cost-and-speed.json."""
-    path = RESULTS / "cost-and-speed.json"
-    return {tuple(row[key] for key in CONFIG): row for row in json.loads(path.read_text())["rows"]}
-
-
 def configuration(claim):
     """What a row of cost-and-speed.json is found by."""
     return tuple(claim[key] for key in CONFIG)
+
+
+@cache
+def counted():
+    """Configuration → its row of results/cost-and-speed.json, with the threads that it was timed on."""
+    counts = json.loads((RESULTS / "cost-and-speed.json").read_text())
+    return {configuration(row): {**row, "threads": counts["run"]["threads"]} for row in counts["rows"]}
 
 
 def ours(claim):
@@ -211,7 +211,7 @@ def entry(claim, rows):
             ratio = float(claim["value"]) / dense
             published += f" ({ratio:.2f} × dense)" if claim["quantity"] == "images/s" else ""
             status, said, files = speed(claim, ratio)
-            setting = "CPU, one core, float32"
+            setting = f"CPU, {counted()[configuration(claim)]['threads']} threads, float32"
         else:
             status = "not covered"
     else:
