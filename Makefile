@@ -29,7 +29,7 @@ book: $(site)
 test: $(env)
 	$(bin)/python -m pytest -n auto
 
-# every row of the reduced reproduction, by Snakemake; skips what is done (an hour and a half on two cores)
+# every row of the reduced reproduction, by Snakemake; skips what is done (two hours on two cores)
 results: workflow
 	$(bin)/snakemake --snakefile notebooks/Snakefile --cores all --rerun-triggers mtime --rerun-incomplete --nolock --quiet rules
 
