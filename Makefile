@@ -45,7 +45,7 @@ row: $(env)
 		profile=imagenette budget=recipe row=$(ROW) changes=workers=1 out=../$(again) runs=../$(again)/runs
 	$(bin)/python notebooks/ledger.py compare $(again)/$(ROW).json
 
-# MACs, parameters and speed ratios of the published settings (a quarter of an hour)
+# MACs, parameters and speed ratios of the published settings (four minutes)
 cost: $(env)
 	$(bin)/python notebooks/run.py notebooks/cost-and-speed.ipynb $(again)/cost-and-speed.ipynb budget=full out=results
 
