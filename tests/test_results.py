@@ -118,5 +118,6 @@ def test_the_committed_reproduction_is_whole():
         assert results.correct([row]).sum() == row["right"]
     for path in (RESULTS / "imagenette").glob("*.json"):
         result = json.loads(path.read_text())
-        for run in [result["run"]] + [result["training"]["run"]] * (result["training"] is not None):
+        for part in (result, result["training"] or result):
+            run = part["run"]
             assert {"commit", "date", "torch", "timm", "machine", "device", "threads"} <= set(run)
