@@ -40,6 +40,7 @@ workflow: $(env)
 # one row of it again, beside the committed one: make row ROW=plain-dtps-0.3-s0
 again := _build/again
 row: $(env)
+	$(if $(ROW),,$(error ROW is missing; a row is a file of notebooks/results/imagenette, as in: make row ROW=plain-dtps-0.3-s0))
 	rm -rf $(again)/runs/$(ROW)
 	$(bin)/python notebooks/run.py notebooks/one-training.ipynb $(again)/$(ROW).ipynb \
 		profile=imagenette budget=recipe row=$(ROW) changes=workers=1 out=../$(again) runs=../$(again)/runs

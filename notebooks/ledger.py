@@ -5,11 +5,12 @@ claim follows from the two by these rules, and from nothing else:
 
 - MACs and parameters: `equal` where the closed form is within half a printed digit (0.03 G for a digitised MACs figure),
   else `not seen`, and the claim must carry a cause.
-- Speed, as the ratio to the dense row of the same table: `equal` within 10 % of the published ratio, else `same trend` where
-  the 95 % interval of ours lies above 1, `contradicted` where it lies below, `not seen` otherwise.
+- Speed, as the ratio to the dense row of the same table: where the 95 % interval of ours lies above 1, `equal` within 10 % of
+  the published ratio and `same trend` beyond; `contradicted` where it lies below 1, `not seen` where it holds 1.
 - Direction, "`ours` is better than `against`": on the same test images `same trend` where the 95 % interval of the mean
   difference excludes zero on the claimed side and every seed agrees, `contradicted` likewise on the other side, else
-  `not seen`. A claim of no difference is `same trend` where the interval holds zero, else `contradicted`.
+  `not seen`. A claim of no difference is `contradicted` where the interval excludes zero, `same trend` where it holds zero
+  and stays within one point of it, else `not seen`.
 - Any other accuracy: read from an ImageNet run where `notebooks/results/imagenet/` holds one of that model, method, blocks,
   ratio, start and epochs: `equal` where the published value lies in its 95 % interval, else `not seen`. Without one
   `needs ImageNet`.
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpbook import METHODS, results
+from tpbook import METHODS, plots, results
 
 TOP = Path(__file__).resolve().parent.parent
 CLAIMS, LEDGER, RESULTS = TOP / "book" / "claims.csv", TOP / "book" / "ledger.csv", TOP / "notebooks" / "results"
@@ -39,7 +40,6 @@ SETTINGS = {  # of the result files: what a reader sees, and how their rows are 
 MODELS = {  # "DeiT": which, the paper does not say
     "deit_tiny_patch16_224": "DeiT-Ti", "deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B", "DeiT": "DeiT",
 }  # fmt: skip
-NAMES = {"dynamicvit": "DynamicViT", "evit": "EViT", "dtps": "dTPS", "etps": "eTPS"}
 UNITS = {"MACs": "G", "params": "M", "top-1": "%", "top-5": "%", "images/s": "images/s", "finding": ""}
 CONFIG = ("model", "image_size", "method", "fuse", "at", "keep_ratio")
 
@@ -87,7 +87,8 @@ def direction(claim):
     p = results.paired(ours, theirs)
     by_seed = (ours - theirs).mean(axis=1)
     if claim["relation"] == "=":
-        status = "same trend" if p["low"] <= 0 <= p["high"] else "contradicted"
+        near = "same trend" if -1 <= p["low"] and p["high"] <= 1 else "not seen"
+        status = near if p["low"] <= 0 <= p["high"] else "contradicted"
     elif p["low"] > 0 and (by_seed > 0).all():
         status = "same trend"
     elif p["high"] < 0 and (by_seed < 0).all():
@@ -137,10 +138,10 @@ def dense_of(claim, rows):
 
 def speed(claim, published):
     row = counted()[configuration(claim)]
-    if abs(row["times"] / published - 1) <= 0.1:
-        status = "equal"
+    if row["low"] > 1:
+        status = "equal" if abs(row["times"] / published - 1) <= 0.1 else "same trend"
     else:
-        status = "same trend" if row["low"] > 1 else "contradicted" if row["high"] < 1 else "not seen"
+        status = "contradicted" if row["high"] < 1 else "not seen"
     said = f"{row['times']:.2f} × dense [{row['low']:.2f}, {row['high']:.2f}]"
     return status, said, [RESULTS / "cost-and-speed.json"]
 
@@ -151,11 +152,17 @@ def imagenet_runs():
     return [(path, json.loads(path.read_text())) for path in sorted((RESULTS / "imagenet").glob("*.json"))]
 
 
+def trainable(claim):
+    """Whether a run of book/imagenet.md's kind measures it: not top-5, other image sizes or ablations."""
+    plain = not claim["claim"] or re.search(r"\d+ epochs", claim["claim"])
+    return claim["quantity"] == "top-1" and claim["image_size"] == "224" and bool(plain)
+
+
 def on_imagenet(claim):
     """The ImageNet run of this configuration, start and number of epochs, or None."""
+    if not trainable(claim):
+        return None
     epochs = re.search(r"(\d+) epochs", claim["claim"])
-    if claim["quantity"] != "top-1" or claim["image_size"] != "224" or (claim["claim"] and not epochs):
-        return None  # top-5, other sizes, ablations: no run that this book trains
     start = "random" if "from scratch" in claim["claim"] else "pretrained"
     for path, result in imagenet_runs():
         r = result["recipe"]
@@ -185,7 +192,7 @@ def words(claim):
         return claim["claim"]
     where = [MODELS.get(claim["model"], claim["model"]) + (f" at {claim['image_size']} px" if claim["image_size"] not in ("", "224") else "")]
     if claim["method"] not in ("", "dense"):
-        where.append(NAMES.get(claim["method"], claim["method"]) + (", no fusion" if claim["fuse"] == "False" else ""))
+        where.append(plots.NAMES.get(claim["method"], claim["method"]) + (", no fusion" if claim["fuse"] == "False" else ""))
     if claim["keep_ratio"] not in ("", "1.0"):
         where.append(f"ρ = {claim['keep_ratio']}" + (f" at {claim['at'].replace(' ', ', ')}" if claim["at"] not in ("", "3 6 9") else ""))
     return f"{claim['quantity']}: {', '.join(w for w in where if w)}" + (f"; {claim['claim']}" if claim["claim"] else "")
@@ -235,7 +242,9 @@ def command(claim, files):
     if claim["ours"]:
         again = SETTINGS[claim["ours"].split(";")[0].strip()][1]
         return again or "; ".join(f"make row ROW={path.stem}" for path in files)
-    return "make cost" if files and files[0].stem == "cost-and-speed" else ""
+    if ours(claim) and trainable(claim):
+        return "as in book/imagenet.md"
+    return "make cost" if files else ""
 
 
 def why(claim, status):

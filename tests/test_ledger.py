@@ -62,13 +62,18 @@ def status(relation=">", ours="b", against="a"):
     return ledger.direction({"ours": ours, "against": against, "relation": relation})[0]
 
 
-def test_direction(two):
+def test_direction(two, monkeypatch):
     two(40, 30)
     assert (status(), status(ours="a", against="b"), status("=")) == ("same trend", "contradicted", "contradicted")
     two(60, -2)  # one seed disagrees
     assert status() == "not seen"
     two(1, 1)  # within chance
     assert (status(), status("=")) == ("not seen", "same trend")
+    a = np.zeros((2, 400), int)
+    b = a.copy()
+    a[:, :20], b[:, 20:42] = 1, 1  # no difference to be seen, but too wide an interval to say that there is none
+    monkeypatch.setattr(ledger, "select", lambda text: ({"a": a, "b": b}[text], []))
+    assert status("=") == "not seen"
 
 
 def test_select(monkeypatch):
@@ -93,6 +98,7 @@ def test_speed(monkeypatch):
     for times, low, high, expected in (
         (1.5, 1.45, 1.55, "equal"),
         (1.2, 1.1, 1.3, "same trend"),
+        (1.5, 0.9, 1.6, "not seen"),  # near the published ratio, and no telling from 1
         (1.05, 0.9, 1.2, "not seen"),
         (0.8, 0.7, 0.9, "contradicted"),
     ):
