@@ -18,9 +18,10 @@ executed := $(notebooks:%=$(out)/%)
 package := $(wildcard tpbook/*.py tpbook/weights/*)
 inputs := book/claims.csv book/ledger.csv book/imagenet.md notebooks/ledger.py $(wildcard recipes/*/*.yaml notebooks/results/*.json notebooks/results/*/*.json)
 pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
+javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test clean results workflow row cost ledger matrix ablations
+.PHONY: book test serve clean results workflow row cost ledger matrix ablations
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -28,6 +29,10 @@ book: $(site)
 
 test: $(env)
 	$(bin)/python -m pytest -n auto
+
+# on this machine only; a browser allows a server what it refuses from disk
+serve: book
+	$(bin)/python -m http.server --bind 127.0.0.1 --directory $(dir $(site)) 8000
 
 # every row of the reduced reproduction, by Snakemake; skips what is done (two hours on two cores)
 results: workflow
@@ -69,6 +74,13 @@ $(env): requirements.txt constraints.txt pyproject.toml
 $(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(inputs) $(package) $(env)
 	$(bin)/python notebooks/run.py $< $@ profile=$(PROFILE) out=../$(out)/results
 
-$(site): $(executed) $(pages) $(package) $(env)
+# what pages load, pinned and checksummed in book/javascript
+$(javascript): book/javascript/package.json book/javascript/package-lock.json
+	mkdir -p $(@D)
+	cp $^ $(@D)
+	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@ \
+		|| { rm -rf $(@D); echo "npm is missing or failed: pages will load MathJax from its CDN"; }
+
+$(site): $(executed) $(pages) $(package) $(javascript) $(env)
 	$(bin)/python book/render.py $(out)
 	touch $@

@@ -5,47 +5,50 @@ The numbers that the notebooks wrote become MyST substitutions, so a page says `
 number typed by hand.
 """
 
-import filecmp
+import importlib.metadata
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+import pandas as pd
 import yaml
 
+from tpbook import results
+
 TOP = Path(__file__).parent.parent
-
-
-def copy(source, target):
-    """Copy a file where it differs, so that Sphinx reads again only what changed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists() or not filecmp.cmp(source, target, shallow=False):
-        shutil.copyfile(source, target)
 
 
 def lay_out(out):
     """Everything Jupyter Book reads, under `out/site`. → that folder."""
     site = out / "site"
+    shutil.rmtree(site, ignore_errors=True)
     sources = {path: path.relative_to(TOP) for path in (TOP / "book").rglob("*") if path.is_file()}
     for pattern in ("tpbook/*.py", "recipes/*/*.yaml"):  # shown in the chapters
         sources |= {path: path.relative_to(TOP) for path in TOP.glob(pattern)}
     sources[TOP / "_toc.yml"] = Path("_toc.yml")
     for folder in ("notebooks", "results"):
         sources |= {path: path.relative_to(out) for path in (out / folder).iterdir() if path.suffix in KEEP}
-    for source, target in sources.items():
-        copy(source, site / target)
-    wanted = {site / target for target in sources.values()}
-    for folder in ("book", "notebooks", "results", "tpbook", "recipes"):
-        for path in (site / folder).rglob("*"):
-            if path.is_file() and path not in wanted:
-                path.unlink()
-
     config = yaml.safe_load((TOP / "_config.yml").read_text())
-    config["parse"]["myst_substitutions"] = numbers(out / "results")
-    text = yaml.safe_dump(config, allow_unicode=True)
-    if not (site / "_config.yml").exists() or (site / "_config.yml").read_text() != text:
-        (site / "_config.yml").write_text(text)
+    config["parse"]["myst_substitutions"] = numbers(out / "results") | {"status": status(out)}
+    if config["repository"]["url"]:
+        config["html"] |= {"use_repository_button": True, "use_issues_button": True}
+        config["launch_buttons"] |= {"binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"}
+    sphinx = config["sphinx"]["config"]
+    if (package := TOP / "_build/javascript/node_modules/mathjax").exists():
+        for path in (package / "es5/tex-svg.js", package / "LICENSE"):
+            sources[path] = Path("javascript/mathjax") / path.name
+        sphinx["html_static_path"].append("javascript")
+        sphinx["mathjax_path"] = "mathjax/tex-svg.js"
+    else:
+        version = json.loads((TOP / "book/javascript/package.json").read_text())["dependencies"]["mathjax"]
+        sphinx["mathjax_path"] = f"https://cdn.jsdelivr.net/npm/mathjax@{version}/es5/tex-svg.js"
+    for source, target in sources.items():
+        (site / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, site / target)
+    (site / "_config.yml").write_text(yaml.safe_dump(config, allow_unicode=True))
     return site
 
 
@@ -55,6 +58,34 @@ KEEP = {".ipynb", ".json", ".svg", ".png"}
 def numbers(folder):
     """What pages may say: one name for each JSON, with its contents."""
     return {path.stem.replace("-", "_"): json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def status(out):
+    """What ran for this copy, when, for how long and on what; and so of the committed results. For `book/status.md`."""
+    ran, profile = {}, ""
+    for path in sorted((out / "notebooks").glob("*.ipynb")):
+        papermill = nbformat.read(path, as_version=4).metadata.papermill
+        profile = papermill.parameters.profile
+        ran[f"[{path.stem}](../notebooks/{path.name})"] = {
+            "ran (UTC)": papermill.start_time[:16].replace("T", " "), "seconds": papermill.duration,
+        }  # fmt: skip
+    ran = pd.DataFrame(ran).T.rename_axis("notebook")
+    folder = TOP / "notebooks/results"
+    committed = {}
+    for name in ("digits/matrix", "digits/ablations", "cost-and-speed"):
+        made = json.loads((folder / f"{name}.json").read_text())
+        committed[name] = {"rows": len(made["rows"]), "minutes": made.get("training_minutes"), **made["run"]}
+    reduced = results.made(folder / "imagenette")
+    committed["imagenette"] = {"rows": len(list((folder / "imagenette").glob("*.json"))), **reduced}
+    shown = ["rows", "minutes", "date", "device", "threads", "torch"]
+    table = pd.DataFrame(committed).T[shown].rename_axis("notebooks/results/").fillna("–")
+    software = ("torch", "torchvision", "timm", "fvcore", "accelerate", "papermill", "jupyter-book", "sphinx")
+    versions = pd.Series({name: importlib.metadata.version(name) for name in software}, name="version")
+    return {
+        "profile": profile, "run": results.provenance(), "minutes": float(ran["seconds"].sum() / 60),
+        "table_notebooks": ran.to_markdown(floatfmt=".0f"), "table_committed": table.to_markdown(floatfmt=".0f"),
+        "table_software": versions.rename_axis("package").to_markdown(disable_numparse=True),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

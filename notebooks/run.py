@@ -34,6 +34,8 @@ def run(source, target, parameters):
         raise
     notebook = nbformat.read(part, as_version=4)
     for cell in notebook.cells:
+        if "outputs" in cell:  # no progress bars, no warnings of libraries
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("hide-input")  # what this run was given, one click away
     nbformat.write(notebook, part)

@@ -3,10 +3,16 @@
 import re
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from colorspacious import cspace_convert, deltaE
+from matplotlib.colors import to_rgb
+
+from tpbook import METHODS, diagrams, plots
 
 TOP = Path(__file__).parent.parent
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
@@ -35,6 +41,27 @@ def test_every_picture_has_a_text_alternative(page):
         assert re.search(r"^:alt: \S.{30,}", figure, flags=re.MULTILINE), figure
 
 
+@pytest.mark.parametrize("sight", ["protanomaly", "deuteranomaly", "tritanomaly"])
+def test_colours_are_told_apart(sight):
+    def seen(colour):
+        return cspace_convert(to_rgb(colour), {"name": "sRGB1+CVD", "cvd_type": sight, "severity": 100}, "sRGB1")
+
+    assert all(deltaE(seen(a), seen(b)) > 10 for a, b in combinations(plots.COLOURS.values(), 2))
+    assert len(set(plots.MARKS.values())) == len(plots.MARKS)
+
+
+def test_a_diagram_shows_what_the_package_does():
+    """Each stage names its score and reduction, keeps the four best, and mixes the colours as the method does."""
+    for method, how in METHODS.items():
+        figure = diagrams.stage(method)
+        words = {text.get_text() for text in figure.axes[0].texts}
+        assert {diagrams.SAY[how.score], diagrams.SAY[how.reduce]} <= words
+        assert ("Σ" in words) == (how.reduce == "fuse")
+        crosses = sum(text.get_text() == "×" for text in figure.axes[0].texts)
+        assert crosses == (4 if how.reduce == "drop" else 0)
+        plt.close(figure)
+
+
 def run(source, target, *parameters):
     command = [sys.executable, TOP / "notebooks" / "run.py", source, target, *parameters]
     return subprocess.run(command, capture_output=True, text=True)
@@ -59,6 +86,7 @@ def test_run(source, tmp_path):
     cells = nbformat.read(target, as_version=4).cells
     assert cells[2].outputs[0].text == "2\n"
     assert {"injected-parameters", "hide-input"} <= set(cells[1].metadata.tags)
+    assert all(output.get("name") != "stderr" for cell in cells[1:] for output in cell.outputs)
     assert [p.name for p in target.parent.iterdir()] == ["done.ipynb"]
 
 

@@ -1,4 +1,7 @@
-"""Backbones with weights, and checkpoints read safely and strictly."""
+"""Backbones with weights, and checkpoints read safely and strictly.
+
+Chapter: :doc:`/book/a-tour-of-keep-ratios`
+"""
 
 import argparse
 import os

@@ -1,4 +1,7 @@
-"""What knows nothing of the image: random and static scores, and pooling; a learned choice has to beat them."""
+"""What knows nothing of the image: random and static scores, and pooling; a learned choice has to beat them.
+
+Chapter: :doc:`/book/a-tour-of-keep-ratios`
+"""
 
 import torch
 import torch.nn.functional as F

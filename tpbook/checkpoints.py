@@ -1,4 +1,7 @@
-"""A run's files: written whole or not at all, and never taken for another run's."""
+"""A run's files: written whole or not at all, and never taken for another run's.
+
+Chapter: :doc:`/book/reproduction`
+"""
 
 import hashlib
 import json

@@ -1,6 +1,8 @@
 """Data: the embedded digits, and ImageNet-style folders named by WordNet id under `$TPBOOK_DATA`.
 
 `python -m tpbook.data get NAME` downloads what may be downloaded.
+
+Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
 
 import argparse

@@ -5,6 +5,8 @@ random spot of a 56 × 56 canvas, among fragments of other digits of the same sp
 pixels a canvas has 14 × 14 = 196 of them, as many as a 224 px photograph has patches of 16, so every keep ratio means
 the papers' token counts; and which patches carry the digit is known. No fragment covers the digit: it clears the square
 it stands in, so an empty square is a weak hint of where it is.
+
+Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
 
 import functools

@@ -8,6 +8,8 @@ Before each pruned block (``PredictorLG`` and ``softmax_with_policy`` of the off
     inference:  the ⌊ρ₁⋯ρ_s·N⌋ tokens of the highest keep score stay, the others are dropped   `drop`
 
 The paper calls "keep" index 1 of π; its code, and this file, index 0.
+
+Chapter: :doc:`/book/dynamicvit`
 """
 
 import torch
@@ -76,7 +78,7 @@ def masked_attention(keep):
     """The additive attention bias log G that hides dropped tokens from the others.
 
     Added to the logits before the softmax it gives Ã. The small constant lets the gradient reach the decisions of
-    dropped tokens, whose weight it keeps below 1e-20; the official code leaks 1e-6 / N there instead.
+    dropped tokens: it stands for e^P times 1e-20 there, where the official code adds 1e-6 / N.
 
     Args:
         keep: (B, T) mask over all tokens, prefix tokens 1.

@@ -5,6 +5,8 @@
 so LayerScale, q/k norm, fused attention and every dtype stay what timm makes of them, and `unprune` swaps back.
 
 Shapes: B images, P prefix tokens, N patch tokens at the input, n ≤ N of them left, C channels, T = P + n.
+
+Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
 
 import contextlib

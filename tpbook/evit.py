@@ -9,6 +9,8 @@ a comes from a softmax over every token, the class token among them, so the weig
 it is a sum, not an average. Afterwards x_f is a token like any other: counted, scored, perhaps fused again.
 
 In training the keep rate comes down slowly: κ(t) = ρ + (1 − ρ)·(1 + cos(π·t/T))/2                     `keep_rate`
+
+Chapter: :doc:`/book/evit`
 """
 
 import math

@@ -3,6 +3,8 @@
 The unit is the multiply-accumulate (MAC), which the papers print as "GFLOPs". Matrix products and convolutions
 count; norms, softmax, activations, sums and sorting do not (fvcore counts LayerNorm too, 0.2 % of DeiT-S).
 Both functions answer for eval mode, where the tokens are really gone, and leave the model's mode as it is.
+
+Chapter: :doc:`/book/where-the-cost-is`
 """
 
 from copy import deepcopy

@@ -15,6 +15,8 @@ original N tokens to be kept after stage s, D^(s) the running decisions, z logit
 
 "Kept" is after the last stage, and the token term's mean is over the kept tokens of the whole batch. With several
 processes it is a mean over each process's own, as in the official code, so it is not quite the joint batch's.
+
+Chapter: :doc:`/book/dynamicvit`
 """
 
 import torch.nn.functional as F

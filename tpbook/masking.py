@@ -10,6 +10,8 @@ Only the paper's abstract is public, and it says no more than that image patches
 predicted from those that are not. These are therefore choices of ours: masked patches are *removed* (not replaced by a
 mask token), once, after the position embedding, uniformly, at one ratio for every image of a batch; and nothing is
 distilled. Removing makes the step cheaper: at r = 0.5 every block sees half the patches.
+
+Chapter: :doc:`/book/masked-fine-tuning`
 """
 
 import math

@@ -7,6 +7,8 @@
     place    where in block i: `before` it, or `between` its attention and its MLP
 
 One paper, one file: `dynamicvit.py`, `evit.py` and `tps.py` hold the scores and reductions; `engine.py` drives them.
+
+Chapter: :doc:`/book/where-the-cost-is`
 """
 
 import math

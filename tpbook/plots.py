@@ -1,4 +1,7 @@
-"""The book's pictures: one colour and mark a method everywhere, and token maps on images. Needs matplotlib, seaborn."""
+"""The book's pictures: one colour and mark a method everywhere, and token maps on images. Needs matplotlib, seaborn.
+
+Chapter: :doc:`/book/notation`
+"""
 
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from . import data
 
 # Okabe and Ito's palette, told apart by colour-blind readers; the marks tell them apart in grey
 COLOURS = {
-    "dense": "#000000", "random": "#7f7f7f", "dynamicvit": "#0072B2", "evit": "#D55E00", "evit, no fusion": "#E69F00",
+    "dense": "#000000", "random": "#666666", "dynamicvit": "#0072B2", "evit": "#D55E00", "evit, no fusion": "#E69F00",
     "dtps": "#56B4E9", "etps": "#009E73",
 }  # fmt: skip
 MARKS = {"dense": "D", "random": "o", "dynamicvit": "s", "evit": "^", "evit, no fusion": "v", "dtps": "P", "etps": "X"}

@@ -1,4 +1,7 @@
-"""What a training run is: one flat YAML file, checked against this list before anything is loaded."""
+"""What a training run is: one flat YAML file, checked against this list before anything is loaded.
+
+Chapter: :doc:`/book/imagenet`
+"""
 
 import difflib
 import types

@@ -1,4 +1,7 @@
-"""Numbers that a run printed, written down with where they come from."""
+"""Numbers that a run printed, written down with where they come from.
+
+Chapter: :doc:`/book/ledger`
+"""
 
 import datetime
 import functools

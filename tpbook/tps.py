@@ -8,6 +8,8 @@ After the choice, with reserved tokens S^r and pruned tokens S^p (``TPSModule`` 
 
 A host weighs itself as if c_jj = 1, so never less than any guest. Every pruned token has one host, so the sums are
 gathers and scatters over hosts; the (n, n) mask of the paper is never built.
+
+Chapter: :doc:`/book/tps`
 """
 
 import math

@@ -1,4 +1,7 @@
-"""`trace`: which tokens survived, who carries whom, and what the choice was made on."""
+"""`trace`: which tokens survived, who carries whom, and what the choice was made on.
+
+Chapter: :doc:`/book/a-tour-of-keep-ratios`
+"""
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field

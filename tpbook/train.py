@@ -11,6 +11,8 @@ precision and accumulation, timm of augmentation, optimisers and schedules. What
 Stopped anywhere and started again with the same command a run goes on from its last finished epoch. Every random
 choice of an epoch (order, augmentation, mixup, masks, Gumbel noise) comes from the seed, the epoch and the process
 alone, so on a CPU in float32 with the same threads the resumed run ends with the same weights as an unbroken one.
+
+Chapter: :doc:`/book/reproduction`
 """
 
 import copy

@@ -1,0 +1,113 @@
+"""What this book adds to Sphinx: code that leads to its source, sources that lead to their chapter, reading times."""
+
+import math
+import re
+
+from docutils import nodes
+from sphinx.directives.code import LiteralInclude
+from sphinx.ext.viewcode import viewcode_anchor
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.nodes import make_refnode
+from sphinx_codeautolink.extension.directive import SkipMarker
+
+CHAPTER = re.compile(r"^Chapter: :doc:`/(.+)`", re.MULTILINE)
+
+
+class Include(LiteralInclude):
+    """`literalinclude` that notes which object of the package it shows, for `name_shown`."""
+
+    def run(self):
+        shown = super().run()
+        if match := re.search(r"tpbook/(\w+)\.py$", self.arguments[0]):
+            for block in shown:
+                block["module"], block["name"] = f"tpbook.{match[1]}", self.options.get("pyobject")
+            shown.insert(0, SkipMarker("next"))  # a fragment, which codeautolink could not parse
+        return shown
+
+
+def name_shown(app, document):
+    """Put the name of the object, and a link to its source, over code that is shown from the package."""
+    env = app.env
+    for block in list(document.findall(nodes.literal_block)):
+        module, name = block.get("module"), block.get("name")
+        if not name:
+            continue
+        analyzer = ModuleAnalyzer.for_module(module)
+        analyzer.find_tags()
+        # viewcode makes an anchor of each object that somebody uses, and there a link back to who does
+        entry = env._viewcode_modules.get(module) or (analyzer.code, analyzer.tags, {}, module)
+        env._viewcode_modules[module] = entry
+        entry[2].setdefault(name, env.docname)
+        line = nodes.paragraph("", "", nodes.literal("", f"{module}.{name}"), classes=["shown"])
+        line["ids"] = [f"{module}.{name}"]
+        line += viewcode_anchor(reftarget=f"_modules/{module.replace('.', '/')}", refid=name, refdoc=env.docname)
+        block.parent.insert(block.parent.index(block), line)
+
+
+def link_names(app, document, docname):
+    """Inline code that names something of the package leads to its description, a file of it to the source."""
+    objects = app.env.get_domain("py").objects
+    linked = {id(literal) for link in document.findall(nodes.reference) for literal in link.findall(nodes.literal)}
+    for literal in list(document.findall(nodes.literal)):
+        if id(literal) in linked:
+            continue
+        text = literal.astext()
+        name = re.split(r"[(\[ ]", text)[0].rstrip(".")
+        if match := re.fullmatch(r"tpbook/(\w+)\.py", text):
+            target = f"_modules/tpbook/{match[1]}", ""
+        elif name.startswith("tpbook.") and name in objects:
+            target = objects[name].docname, objects[name].node_id
+        else:
+            continue
+        literal.replace_self(make_refnode(app.builder, docname, *target, literal.deepcopy()))
+
+
+def minutes(document):
+    """How long a page takes: 200 words of prose a minute; a figure, table, equation or code block a quarter each."""
+    prose = (nodes.paragraph, nodes.term)
+    words = sum(len(node.astext().split()) for node in document.findall(lambda n: isinstance(n, prose)))
+    blocks = (nodes.figure, nodes.table, nodes.math_block, nodes.literal_block)
+    return math.ceil(words / 200 + sum(1 for _ in document.findall(lambda n: isinstance(n, blocks))) / 4)
+
+
+def lead_back(body, module, objects):
+    """Mend viewcode's links from source to description, where it mixes up `tpbook.engine.prune` and `tpbook.prune`."""
+
+    def mend(match):
+        name = match[1].removeprefix("tpbook.").removeprefix(f"{module.removeprefix('tpbook.')}.")
+        described = [objects[full].node_id for full in (f"{module}.{name}", f"tpbook.{name}") if full in objects]
+        return f"#{(described or [f'{module}.{name}'])[0]}\""
+
+    return re.sub(r"#(tpbook[\w.]*)\"", mend, body)
+
+
+def complete(app, pagename, templatename, context, document):
+    """Reading time under a chapter's title; on a source's page, its chapter. No script that the book does not use."""
+    for files in ("script_files", "css_files"):  # no cell runs in the page, and the theme declares thebe twice
+        context[files] = [
+            file for file in context[files] if "thebe" not in f"{file}{getattr(file, 'attributes', '')}".lower()
+        ]
+    if "body" in context:  # the list that sphinxcontrib-bibtex announces holds more than items
+        context["body"] = context["body"].replace('<div role="list" class="citation-list">', "<div>")
+    if pagename.startswith("_modules/tpbook"):
+        module = pagename.removeprefix("_modules/").replace("/", ".")
+        context["body"] = lead_back(context["body"], module, app.env.get_domain("py").objects)
+        source = ModuleAnalyzer.for_module(module).code
+        chapters = [
+            f'<a href="{app.builder.get_relative_uri(pagename, chapter)}">{app.env.titles[chapter].astext()}</a>'
+            for chapter in CHAPTER.findall(source)
+        ]
+        line = f"Explained in {' and '.join(chapters)}." if chapters else ""
+    elif document is not None and pagename.startswith("book/"):
+        line = f"{minutes(document)} min read"
+    else:
+        return
+    context["body"] = context["body"].replace("</h1>", f'</h1>\n<p class="under-title">{line}</p>', 1)
+
+
+def setup(app):
+    app.add_directive("literalinclude", Include, override=True)
+    app.connect("doctree-read", name_shown, priority=600)  # after viewcode
+    app.connect("doctree-resolved", link_names)
+    app.connect("html-page-context", complete)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,268 @@
+"""The built site, as a reader meets it: in a browser, from disk, with the network cut.
+
+Looks at every site that `make book` has built under `_build`. Without one, or without an installed Chromium, its tests
+are skipped. `TPBOOK_SITE` names another site.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+bs4 = pytest.importorskip("bs4")
+
+TOP = Path(__file__).parent.parent
+SITES = [TOP / "_build" / profile / "site/_build/html" for profile in ("digits", "imagenette")]
+if "TPBOOK_SITE" in os.environ:
+    SITES = [Path(os.environ["TPBOOK_SITE"]).resolve()]
+SITES = [site for site in SITES if (site / "search.html").exists()]
+PAGES = [page for site in SITES for page in sorted(site.rglob("*.html")) if "_static" not in page.parts]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+AXE = TOP / "_build/javascript/node_modules/axe-core/axe.min.js"
+
+built = pytest.mark.skipif(not SITES, reason="needs a built site: make book")
+browser_needed = pytest.mark.skipif(not SITES or not CHROMIUM, reason="needs a built site and an installed Chromium")
+
+
+def name_of(page):
+    site = next(site for site in SITES if site in page.parents)
+    return f"{site.parts[-4]}/{page.relative_to(site).with_suffix('')}"
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+every_site = pytest.mark.parametrize("site", SITES, ids=lambda site: site.parts[-4])
+
+
+@functools.cache
+def soup_of(page):
+    return bs4.BeautifulSoup(page.read_text(), "html.parser")
+
+
+@functools.cache
+def anchors_of(page):
+    soup = soup_of(page)
+    return {tag.get("id") for tag in soup.find_all(id=True)} | {tag.get("name") for tag in soup.find_all("a")}
+
+
+@built
+@every_page
+def test_page(page):
+    """No error shown as content, nothing empty, no link or picture that leads nowhere."""
+    text = page.read_text()
+    assert len(text.encode()) < 2e6
+    soup = soup_of(page)
+    article = soup.find("article") or soup
+    prose = article.get_text()
+    if page.parent.name == "book" and page.name != "api.html":
+        assert "{{" not in prose, "a number was not filled in"
+    for sign in ("Traceback (most recent call last)", "Substitution error", "[object Object]", "<IPython.core"):
+        assert sign not in prose, sign
+    assert not article.select(".problematic, .system-message, .cell_output .stderr")
+    for output in article.select(".cell_output"):
+        assert output.get_text(strip=True) or output.find(["img", "svg", "object"]), "an empty output"
+    for tag, attribute in (("a", "href"), ("img", "src"), ("script", "src"), ("link", "href")):
+        for target in (element.get(attribute) for element in soup.find_all(tag)):
+            parts = urlsplit(target or "")
+            if parts.scheme or not target or page.name == "404.html":
+                continue
+            there = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert there.exists(), f"{target} is not there"
+            if parts.fragment and there.suffix == ".html" and tag == "a":
+                assert unquote(parts.fragment) in anchors_of(there), f"{target}: no such place"
+
+
+@built
+@every_page
+def test_every_picture_has_words(page):
+    if page.parent.name not in ("book", "notebooks"):
+        return
+    for image in (soup_of(page).find("article") or soup_of(page)).find_all("img"):
+        assert len(image.get("alt", "")) > 10 and "results/" not in image["alt"], image
+
+
+@built
+@every_site
+def test_weight(site):
+    files = [path for path in site.rglob("*") if path.is_file() and "runtime" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 25e6
+
+
+@built
+@every_site
+def test_code_leads_to_source_and_source_to_chapter(site):
+    for source in sorted((TOP / "tpbook").glob("*.py")):
+        if source.stem == "__init__":
+            continue
+        page = site / f"_modules/tpbook/{source.stem}.html"
+        assert soup_of(page).select(".under-title a"), f"{source.name} names no chapter"
+    for page in sorted((site / "book").glob("*.html")):
+        for shown in soup_of(page).select("p.shown"):
+            assert "_modules/tpbook/" in shown.find_all("a")[-1]["href"]
+        for code in soup_of(page).select("article code.literal"):
+            if re.fullmatch(r"tpbook(\.\w+)+", code.get_text()) and not code.find_parent("a"):
+                assert code.find_parent(class_=["sig", "shown"]) or importable(code.get_text()) is False, code
+
+
+def importable(name):
+    import tpbook
+
+    try:
+        functools.reduce(getattr, name.split(".")[1:], tpbook)
+    except AttributeError:
+        return False
+    return True
+
+
+@built
+@every_site
+def test_notebooks_can_be_taken_along(site):
+    for page in sorted((site / "notebooks").glob("*.html")):
+        links = [a["href"] for a in soup_of(page).select(".dropdown-download-buttons a")]
+        notebooks = [page.parent / link for link in links if link.endswith(".ipynb")]
+        assert notebooks and all(notebook.resolve().exists() for notebook in notebooks), page
+
+
+@built
+@every_site
+def test_published_addresses_stay(site):
+    """Whoever kept a link finds its page, or is sent on: addresses are only ever added to this list."""
+    for address in (TOP / "book/published.txt").read_text().split():
+        assert (site / address).exists(), f"{address} is gone: name its successor in book/redirects.txt"
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """address, width, scheme → the page, loaded and at rest; what went wrong is in `page.wrong`."""
+    contexts = []
+
+    def visit(address, width=1280, scheme="light"):
+        offline = urlsplit(address).scheme == "file"
+        size = {"width": width, "height": 900}
+        context = chromium.new_context(viewport=size, color_scheme=scheme, offline=offline)
+        contexts.append(context)
+        page = context.new_page()
+        page.wrong = []
+        page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: page.wrong.append(str(error)))
+        page.on("requestfailed", lambda request: page.wrong.append(f"failed: {request.url}"))
+        page.goto(address)
+        page.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)")
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+WIDE = """() => {
+    const over = e => e.getBoundingClientRect().right > innerWidth + 1;
+    if (document.documentElement.scrollWidth <= innerWidth + 1) return [];
+    return [...document.querySelectorAll('main *')].filter(over).slice(0, 5).map(e => e.outerHTML.slice(0, 120));
+}"""
+
+
+@browser_needed
+@pytest.mark.parametrize("scheme, widths", [("light", (1280, 390)), ("dark", (390, 1280))], ids=["light", "dark"])
+@every_page
+def test_in_a_browser(page, scheme, widths, visit):
+    if page.name == "404.html" or "http-equiv" in page.read_text():
+        pytest.skip("lives on a server, or sends on")
+    shown = visit(page.as_uri(), widths[0], scheme)
+    for width in widths:
+        shown.set_viewport_size({"width": width, "height": 900})
+        assert not shown.evaluate(WIDE), f"wider than {width} px"
+    assert not shown.evaluate("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
+    assert not shown.evaluate("document.querySelectorAll('[data-mjx-error], mjx-merror').length")
+    unset = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length"
+    assert not shown.evaluate(unset), "an equation was not set"
+    assert not shown.wrong
+    if not AXE.exists():
+        pytest.skip("axe-core is not installed (npm was missing); all else passed")
+    shown.evaluate(AXE.read_text())
+    found = shown.evaluate("axe.run(document, {resultTypes: ['violations'], preload: false})")["violations"]
+    serious = {
+        violation["id"]: [node["html"][:150] for node in violation["nodes"]][:4]
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+    }
+    assert not serious, json.dumps(serious, indent=1)
+
+
+@browser_needed
+@every_site
+def test_search_from_disk(site, visit):
+    page = visit((site / "search.html").as_uri() + "?q=predictor")
+    page.wait_for_selector("#search-results li a")
+    found = page.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
+    assert any("dynamicvit" in link for link in found)
+    assert not page.wrong
+
+
+@browser_needed
+@every_site
+def test_print(site, visit):
+    """On paper: no menus, nothing cut off at the right, solutions open."""
+    page = visit((site / "book/evit.html").as_uri(), 794)  # A4 at 96 dpi
+    page.emulate_media(media="print")
+    wide = page.evaluate(WIDE)
+    assert not wide, wide
+    for selector in (".bd-sidebar-primary", ".bd-header-article", "#pst-back-to-top", ".prev-next-footer"):
+        assert not page.evaluate("s => [...document.querySelectorAll(s)].some(e => e.offsetParent)", selector), selector
+    assert len(page.pdf(format="A4")) > 50_000
+
+
+@pytest.fixture
+def served():
+    """A site → its address on a server on this machine."""
+    servers = []
+
+    def serve(site):
+        class Quiet(SimpleHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def send_error(self, code, *args):
+                if code != 404:
+                    return super().send_error(code, *args)
+                self.send_response(404)
+                self.send_header("Content-Type", "text/html")
+                self.end_headers()
+                self.wfile.write((site / "404.html").read_bytes())
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+
+
+@browser_needed
+@every_site
+def test_not_found(site, visit, served):
+    page = visit(f"{served(site)}/book/no-such-page.html")
+    assert "not here" in page.inner_text("article")
+    page.click("article a[href*='welcome']")
+    assert "Token pruning in vision transformers" in page.inner_text("h1")
+    assert [wrong for wrong in page.wrong if "404" not in wrong] == []
