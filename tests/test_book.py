@@ -41,6 +41,20 @@ def test_every_picture_has_a_text_alternative(page):
         assert re.search(r"^:alt: \S.{30,}", figure, flags=re.MULTILINE), figure
 
 
+TEMPLATE = [
+    "The problem", "The idea in one picture", "The equations", "The code that is those equations", "The experiment",
+    "Where it breaks", "Summary", "Exercises",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["masked-fine-tuning", "dynamicvit", "evit", "tps"])
+def test_a_method_chapter_follows_the_template(name):
+    text = (TOP / "book" / f"{name}.md").read_text()
+    assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == TEMPLATE
+    for part in ("**What you will learn.**", "{literalinclude} ../tpbook/", "results/stage-", "**Further reading.**"):
+        assert part in text
+
+
 @pytest.mark.parametrize("sight", ["protanomaly", "deuteranomaly", "tritanomaly"])
 def test_colours_are_told_apart(sight):
     def seen(colour):

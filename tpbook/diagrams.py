@@ -24,8 +24,12 @@ TOKENS = torch.tensor(
 SCORES = torch.tensor([0.10, 0.05, 0.24, 0.30, 0.04, 0.12, 0.06, 0.03])  # of attention; the class token has the rest
 SAY = {
     "predictor": "score: a small network", "class_attention": "score: the class token's attention",
-    "random": "score: chance", "drop": "the others are dropped", "fuse": "the others are summed into one new token",
-    "squeeze": "each of the others goes to the most similar",
+    "random": "score: chance", "keep": "keep the best 4 of 8, ρ = 0.5", "drop": "the others are dropped",
+    "fuse": "the others are summed into one new token", "squeeze": "each of the others goes to the most similar",
+}  # fmt: skip
+HIDE = {
+    "random": "no score: chance, anew for each image", "keep": "4 of 8 are visible",
+    "drop": "the others are hidden: not there",
 }  # fmt: skip
 
 
@@ -33,12 +37,13 @@ def stage(method):
     """Draw one stage at ρ = 0.5.
 
     Args:
-        method: a name in `METHODS`.
+        method: a name in `METHODS`, or "masked" for masked fine-tuning, which hides before block 0 as `random` drops.
 
     Returns:
         A matplotlib figure, as wide as a phone.
     """
-    how, colour = METHODS[method], COLOURS[method]
+    how = METHODS["random" if method == "masked" else method]
+    colour, say = COLOURS.get(method, COLOURS["random"]), SAY | (HIDE if method == "masked" else {})
     scores = torch.full((8,), 1 / 8) if how.score == "random" else SCORES
     kept = torch.tensor([1, 3, 4, 6]) if how.score == "random" else scores.topk(4).indices.sort().values
     others = torch.tensor([i for i in range(8) if i not in kept])
@@ -52,14 +57,14 @@ def stage(method):
     figure, ax = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     ax.set(xlim=(-0.7, 9.7), ylim=(-0.9, 8.5), aspect="equal")
     ax.axis("off")
-    _place(ax, how.place, colour)
+    _place(ax, how.place, colour, "in training only, before block 0" if method == "masked" else "here")
     _row(ax, 5.6, range(8), TOKENS)
-    ax.text(-0.45, 4.9, SAY[how.score], fontsize=10, color=colour)
+    ax.text(-0.45, 4.9, say[how.score], fontsize=10)
     for i, score in enumerate(scores.tolist()):
         ax.add_patch(Rectangle((i + 0.85, 3.35), 0.5, 4.4 * score, color=colour, alpha=1 if i in kept else 0.35))
-    ax.text(-0.45, 2.75, f"keep the best {len(kept)} of 8, ρ = 0.5", fontsize=10)
+    ax.text(-0.45, 2.75, say["keep"], fontsize=10)
     _row(ax, 1.9, range(8), TOKENS, faint=others.tolist(), outline=(kept.tolist(), colour))
-    ax.text(-0.45, -0.75, SAY[how.reduce], fontsize=10, color=colour)
+    ax.text(-0.45, -0.75, say[how.reduce], fontsize=10)
     places = kept.tolist() + [8] * (after.shape[1] - 4)
     _row(ax, 0.2, places, after[0], outline=(places, colour), names=[*(kept + 1).tolist(), "Σ"])
     ends = [8] * 4 if how.reduce == "fuse" else kept[host[0]].tolist() if how.reduce == "squeeze" else []
@@ -71,7 +76,7 @@ def stage(method):
     return figure
 
 
-def _place(ax, place, colour):
+def _place(ax, place, colour, word):
     """The block, and where in it the stage stands."""
     for left, name in ((1.2, "attention"), (5.3, "MLP")):
         ax.add_patch(FancyBboxPatch((left, 7.1), 2.6, 0.9, boxstyle="round,pad=0.05", fc="none", ec="#777777"))
@@ -79,7 +84,7 @@ def _place(ax, place, colour):
     at = 0.35 if place == "before" else 4.6
     ax.plot([-0.6, 9.0], [7.55, 7.55], color="#777777", lw=1, zorder=0, ls=":")
     ax.plot([at, at], [6.95, 8.15], color=colour, lw=4)
-    ax.text(at + 0.1, 8.25, "here", ha="center", fontsize=10, color=colour)
+    ax.text(at, 8.25, word, ha="center" if word == "here" else "left", fontsize=10, color=colour)
 
 
 def _row(ax, y, places, colours, faint=(), outline=((), None), names=None):
