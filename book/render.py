@@ -52,7 +52,7 @@ def lay_out(out):
     return site
 
 
-KEEP = {".ipynb", ".json", ".svg", ".png"}
+KEEP = {".ipynb", ".json", ".svg", ".jpg"}
 
 
 def numbers(folder):
@@ -91,4 +91,7 @@ def status(out):
 if __name__ == "__main__":
     site = lay_out(Path(sys.argv[1]).resolve())
     command = [Path(sys.executable).with_name("jupyter-book"), "build", site, "-W", "-n", "--keep-going", "--quiet"]
-    sys.exit(subprocess.run(command).returncode)
+    code = subprocess.run(command).returncode
+    for path in (site / "_build/html/_static").rglob("*.map"):  # for debuggers of the theme; a sixth of the site
+        path.unlink()
+    sys.exit(code)
