@@ -1,7 +1,7 @@
 """The built site, as a reader meets it: in a browser, from disk, with the network cut.
 
-Looks at every site that `make book` has built under `_build`. Without one, or without an installed Chromium or npm, its
-tests are skipped. `TPBOOK_SITE` names another site.
+Looks at every site that `make book` has built under `_build` since its sources changed. Without one, or without an
+installed Chromium or npm, its tests are skipped. `TPBOOK_SITE` names another site.
 """
 
 import functools
@@ -19,18 +19,20 @@ import pytest
 bs4 = pytest.importorskip("bs4")
 
 TOP = Path(__file__).parent.parent
+SOURCES = ("_config.yml", "_toc.yml", "book/**/*", "notebooks/*.ipynb", "tpbook/*.py")
+CHANGED = max(path.stat().st_mtime for pattern in SOURCES for path in TOP.glob(pattern) if path.is_file())
 SITES = [TOP / "_build" / profile / "site/_build/html" for profile in ("digits", "imagenette")]
+SITES = [site for site in SITES if (site / "search.html").exists() and (site / "search.html").stat().st_mtime > CHANGED]
 if "TPBOOK_SITE" in os.environ:
     SITES = [Path(os.environ["TPBOOK_SITE"]).resolve()]
-SITES = [site for site in SITES if (site / "search.html").exists()]
 PAGES = [page for site in SITES for page in sorted(site.rglob("*.html")) if "_static" not in page.parts]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AXE = TOP / "_build/javascript/node_modules/axe-core/axe.min.js"
 
-built = pytest.mark.skipif(not SITES, reason="needs a built site: make book")
+built = pytest.mark.skipif(not SITES, reason="needs a site built since its sources changed: make book")
 browser_needed = pytest.mark.skipif(
     not (SITES and CHROMIUM and AXE.exists()),
-    reason="needs a built site, an installed Chromium, and what npm installs for pages (MathJax) and tests (axe-core)",
+    reason="needs such a site, an installed Chromium, and npm, which brings MathJax and axe-core",
 )
 
 
@@ -93,8 +95,7 @@ def test_every_picture_has_words(page):
 @built
 @every_site
 def test_weight(site):
-    files = [path for path in site.rglob("*") if path.is_file() and "runtime" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 25e6
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 25e6
 
 
 @built
@@ -110,7 +111,7 @@ def test_code_leads_to_source_and_source_to_chapter(site):
             assert "_modules/tpbook/" in shown.find_all("a")[-1]["href"]
         for code in soup_of(page).select("article code.literal"):
             if re.fullmatch(r"tpbook(\.\w+)+", code.get_text()) and not code.find_parent("a"):
-                assert code.find_parent(class_=["sig", "shown"]) or importable(code.get_text()) is False, code
+                assert code.find_parent(class_=["sig", "shown"]) or not importable(code.get_text()), code
 
 
 def importable(name):
@@ -136,8 +137,11 @@ def test_notebooks_can_be_taken_along(site):
 @every_site
 def test_published_addresses_stay(site):
     """Whoever kept a link finds its page, or is sent on: addresses are only ever added to this list."""
-    for address in (TOP / "book/published.txt").read_text().split():
+    published = (TOP / "book/published.txt").read_text().split()
+    for address in published:
         assert (site / address).exists(), f"{address} is gone: name its successor in book/redirects.txt"
+    pages = {page.relative_to(site).as_posix() for page in [*site.glob("book/*.html"), *site.glob("notebooks/*.html")]}
+    assert pages <= set(published), "a new page: add it to book/published.txt"
 
 
 # ---- in a browser
@@ -232,7 +236,9 @@ def test_print(site, visit):
     assert not wide, wide
     for selector in (".bd-sidebar-primary", ".bd-header-article", "#pst-back-to-top", ".prev-next-footer"):
         assert not page.evaluate("s => [...document.querySelectorAll(s)].some(e => e.offsetParent)", selector), selector
+    assert page.query_selector("article details:not([open])")
     assert len(page.pdf(format="A4")) > 50_000
+    assert not page.query_selector("article details:not([open])")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ TOKENS = torch.tensor(
 SCORES = torch.tensor([0.10, 0.05, 0.24, 0.30, 0.04, 0.12, 0.06, 0.03])  # of attention; the class token has the rest
 SAY = {
     "predictor": "score: a small network", "class_attention": "score: the class token's attention",
-    "random": "score: chance", "keep": "keep the best 4 of 8, ρ = 0.5", "drop": "the others are dropped",
+    "random": "score: chance", "keep": "keep 4 of 8, ρ = 0.5", "drop": "the others are dropped",
     "fuse": "the others are summed into one new token", "squeeze": "each of the others goes to the most similar",
 }  # fmt: skip
 HIDE = {

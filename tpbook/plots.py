@@ -37,8 +37,8 @@ def style():
 def save(figure, folder, name):
     """Write a figure for the pages as `folder/name`, ending .svg (lines) or .jpg (photographs).
 
-    The book's pages read it from there, with a text alternative of their own. A notebook shows the JPEG itself, a fifth
-    of what the figure would weigh there.
+    The book's pages read it from there, with a text alternative of their own. A notebook shows the JPEG itself, which
+    weighs less than the figure would.
     """
     if name.endswith(".svg"):
         figure.savefig(f"{folder}/{name}", metadata={"Date": None})
