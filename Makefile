@@ -15,7 +15,7 @@ bin := .venv/bin
 out := _build/$(PROFILE)
 notebooks := $(wildcard notebooks/*.ipynb)
 executed := $(notebooks:%=$(out)/%)
-package := $(wildcard tpbook/*.py tpbook/weights/*)
+package := $(wildcard tpbook/*.py tpbook/weights/* tpbook/javascript/*)
 inputs := book/claims.csv book/ledger.csv book/imagenet.md notebooks/ledger.py $(wildcard recipes/*/*.yaml notebooks/results/*.json notebooks/results/*/*.json)
 pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
@@ -79,7 +79,7 @@ $(javascript): book/javascript/package.json book/javascript/package-lock.json
 	mkdir -p $(@D)
 	cp $^ $(@D)
 	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@ \
-		|| { rm -rf $(@D); echo "npm is missing or failed: pages will load MathJax from its CDN"; }
+		|| { rm -rf $(@D); echo "npm is missing or failed: pages will load MathJax from its CDN and run no model"; }
 
 $(site): $(executed) $(pages) $(package) $(javascript) $(env)
 	$(bin)/python book/render.py $(out)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pack
 import pandas as pd
 import yaml
 
@@ -28,6 +29,8 @@ def lay_out(out):
     sources = {path: path.relative_to(TOP) for path in (TOP / "book").rglob("*") if path.is_file()}
     for pattern in ("tpbook/*.py", "recipes/*/*.yaml"):  # shown in the chapters
         sources |= {path: path.relative_to(TOP) for path in TOP.glob(pattern)}
+    for name in ("explorer.js", "explorer.css"):  # the page's explorer is the one that Jupyter shows
+        sources[TOP / "tpbook/javascript" / name] = Path("book/static") / name
     sources[TOP / "_toc.yml"] = Path("_toc.yml")
     for folder in ("notebooks", "results"):
         sources |= {path: path.relative_to(out) for path in (out / folder).iterdir() if path.suffix in KEEP}
@@ -37,9 +40,11 @@ def lay_out(out):
         config["html"] |= {"use_repository_button": True, "use_issues_button": True}
         config["launch_buttons"] |= {"binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"}
     sphinx = config["sphinx"]["config"]
-    if (package := TOP / "_build/javascript/node_modules/mathjax").exists():
-        for path in (package / "es5/tex-svg.js", package / "LICENSE"):
+    if (modules := TOP / "_build/javascript/node_modules").exists():
+        for path in (modules / "mathjax/es5/tex-svg.js", modules / "mathjax/LICENSE"):
             sources[path] = Path("javascript/mathjax") / path.name
+        pack.runtime(modules / "onnxruntime-web", site / "javascript")
+        pack.models((out / "results/models").glob("*.onnx"), site / "javascript")
         sphinx["html_static_path"].append("javascript")
         sphinx["mathjax_path"] = "mathjax/tex-svg.js"
     else:
@@ -52,7 +57,7 @@ def lay_out(out):
     return site
 
 
-KEEP = {".ipynb", ".json", ".svg", ".jpg"}
+KEEP = {".ipynb", ".json", ".svg", ".jpg", ".html"}
 
 
 def numbers(folder):

@@ -1,5 +1,7 @@
 import os
+import shutil
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import timm
@@ -78,3 +80,63 @@ def images():
         return torch.randn(batch, model.in_chans, *size)
 
     return make
+
+
+# ---- in a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+AXE = HERE.parent / "_build/javascript/node_modules/axe-core/axe.min.js"
+
+# what sticks out at the right
+WIDE = """() => {
+    const over = e => e.getBoundingClientRect().right > innerWidth + 1;
+    if (document.documentElement.scrollWidth <= innerWidth + 1) return [];
+    return [...document.querySelectorAll('main *')].filter(over).slice(0, 5).map(e => e.outerHTML.slice(0, 120));
+}"""
+
+
+def serious(page):
+    """What axe-core finds that shuts somebody out: rule → the elements."""
+    if not page.evaluate("Boolean(window.axe)"):
+        page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations'], preload: false})")["violations"]
+    return {
+        violation["id"]: [node["html"][:150] for node in violation["nodes"]][:4]
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+    }
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """address, width → the page, loaded and at rest; `page.wrong` is what went wrong, `page.asked` what it loaded."""
+    contexts = []
+
+    def visit(address, width=1280):
+        offline = urlsplit(address).scheme == "file"
+        size = {"width": width, "height": 900}
+        context = chromium.new_context(viewport=size, offline=offline)
+        contexts.append(context)
+        page = context.new_page()
+        page.wrong, page.asked = [], []
+        page.on("request", lambda request: page.asked.append(request.url))
+        page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: page.wrong.append(str(error)))
+        page.on("requestfailed", lambda request: page.wrong.append(f"failed: {request.url}"))
+        page.goto(address)
+        page.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)")
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()

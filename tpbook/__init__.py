@@ -13,6 +13,7 @@ tpbook.unprune(model)                         # exactly the model it was
 from . import data, flops, losses
 from .backbones import load_backbone, load_checkpoint
 from .engine import prune, unprune
+from .exporting import export
 from .masking import mask, unmask
 from .methods import METHODS, Method
 from .tracing import Trace, trace
@@ -23,6 +24,7 @@ __all__ = [
     "Method",
     "Trace",
     "data",
+    "export",
     "flops",
     "load_backbone",
     "load_checkpoint",

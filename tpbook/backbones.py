@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import VisionTransformer
 
-from .digits import PATCH, SIZE
+from .digits import MEAN, PATCH, SIZE, STD
+from .engine import prune
 
 DIGITS = "vit_digits_patch4_56"
 
@@ -27,7 +28,11 @@ def build_digits_vit(**kwargs):
     """
     images = {"img_size": SIZE, "patch_size": PATCH, "in_chans": 1, "num_classes": 10}
     width = {"embed_dim": 64, "depth": 12, "num_heads": 2, "mlp_ratio": 2, "weight_init": "jax"}
-    return VisionTransformer(**{**images, **width, **kwargs})
+    model = VisionTransformer(**{**images, **width, **kwargs})
+    model.pretrained_cfg = {  # what timm keeps of its own models: how to prepare a picture
+        "input_size": (1, SIZE, SIZE), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic",
+    }  # fmt: skip
+    return model
 
 
 def load_backbone(name, **kwargs):
@@ -60,6 +65,28 @@ def load_backbone(name, **kwargs):
     except Exception as error:  # the hub's own errors are many: no network, no such repository, no weights
         tried = f"no {path}" if path else "TPBOOK_WEIGHTS is not set"
         raise RuntimeError(f"no weights for {name!r}: {tried}, and timm's hub failed ({error})") from error
+
+
+def load_trained_digits(method, *, keep_ratio=0.5):
+    """The digits ViT pruned by a method with predictors, trained at ρ = 0.5; its weights come with the package.
+
+    `tpbook/weights/vit_digits_patch4_56_METHOD.json` has the commands that trained it and its accuracy at every ρ.
+
+    Args:
+        method: "dynamicvit" or "dtps".
+        keep_ratio: ρ to begin with.
+
+    Returns:
+        The pruned model, in eval mode.
+
+    Raises:
+        ValueError: another method; those need no training.
+    """
+    if method not in ("dynamicvit", "dtps"):
+        raise ValueError(f"method must be dynamicvit or dtps, got {method!r}")
+    model = prune(build_digits_vit(), method, keep_ratio=keep_ratio)
+    with as_file(files("tpbook") / "weights" / f"{DIGITS}_{method}.safetensors") as path:
+        return load_checkpoint(model, path).eval()
 
 
 def load_checkpoint(model, path):

@@ -20,6 +20,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch.utils.data import ConcatDataset
 from torchvision.datasets import ImageFolder, Imagenette
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, pil_loader
+from torchvision.transforms import Compose, Grayscale
 
 from .digits import MEAN, STD, Digits, digits
 
@@ -151,8 +152,10 @@ def imagenette(split, transform=None):
 
 
 def eval_transform(model):
-    """timm's own evaluation transform for a model: resize, centre crop, normalise. PIL image → (C, H, W)."""
-    return create_transform(**resolve_model_data_config(model), is_training=False)
+    """timm's own evaluation transform at the ViT's image size, PIL → (C, H, W): resize, centre crop, normalise."""
+    config = resolve_model_data_config(model) | {"input_size": (model.in_chans, *model.patch_embed.img_size)}
+    transform = create_transform(**config, is_training=False)
+    return transform if model.in_chans > 1 else Compose([Grayscale(), transform])
 
 
 def get(name):

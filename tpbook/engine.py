@@ -67,7 +67,10 @@ class Pruning:
 
 
 class Stage(nn.Module):
-    """One pruning stage: score the patch tokens, choose, reduce. It has no parameters of its own."""
+    """One pruning stage: score the patch tokens, choose, reduce. It has no parameters of its own.
+
+    `exporting.py` overrides `draw`, `keeps_all`, `rank` and `squeeze`.
+    """
 
     def __init__(self, method, invert, similarity):
         super().__init__()
@@ -78,6 +81,22 @@ class Stage(nn.Module):
     def capture(self, module, args, qkv):
         """Forward hook on `source.qkv`: the row is scored from what attention computes anyway."""
         self.qkv = qkv
+
+    def draw(self, batch, n, device, generator):
+        """(B, n) random scores."""
+        return random_scores(batch, n, device=device, generator=generator)
+
+    def keeps_all(self, kept, n):
+        """Whether all n tokens stay, so that there is nothing to do."""
+        return kept >= n
+
+    def rank(self, scores, kept):
+        """(B, n) positions of the tokens, best first; of equal static scores, and there are many, the earlier first."""
+        return scores.argsort(dim=1, descending=not self.invert, stable=self.method.score == "static")
+
+    def squeeze(self, kept, pruned):
+        """`tps.squeeze` by this stage's similarity."""
+        return squeeze(kept, pruned, self.similarity)
 
     def forward(self, tokens, prefix, kept, predictor, static, generator, trace: Trace | None):
         """Reduce `tokens` to `kept` patch tokens (one more after fusing), or sample who stays while training.
@@ -98,9 +117,9 @@ class Stage(nn.Module):
         before, x = tokens.x[:, :prefix], tokens.x[:, prefix:]  # (B, P, C), (B, n, C)
         score = self.method.score
         if score == "random":  # drawn whether needed or not, so that later draws do not depend on the ratio
-            scores = random_scores(*x.shape[:2], device=x.device, generator=generator)
-        sampling = self.training and score == "predictor"
-        if kept >= x.shape[1] and not sampling and trace is None:
+            scores = self.draw(x.shape[0], x.shape[1], x.device, generator)
+        sampling, reducing = self.training and score == "predictor", not self.keeps_all(kept, x.shape[1])
+        if not (sampling or reducing) and trace is None:
             return tokens
 
         if self.source is not None:
@@ -117,17 +136,18 @@ class Stage(nn.Module):
 
         if sampling:
             tokens = self._sample(tokens, before, x, log_probs, attention if self.source is not None else None)
-        elif kept < x.shape[1]:
-            order = scores.argsort(dim=1, descending=not self.invert)  # (B, n), best first
+        elif reducing:
+            order = self.rank(scores, kept)  # (B, n)
             chosen, others = order[:, :kept], order[:, kept:]
             patch, host = drop(tokens.patch, chosen), tokens.host
             if self.method.reduce == "drop":
                 x = drop(x, chosen)
             elif self.method.reduce == "fuse":
                 x = fuse(x, chosen, others, attention)
-                patch = torch.cat([patch, patch.new_full((len(patch), 1), -1)], dim=1)
+                fused = torch.full_like(patch[:, :1], -1)[:, : others.shape[1]]  # (B, 1): none where none is dropped
+                patch = torch.cat([patch, fused], dim=1)
             else:
-                x, guest_of = squeeze(drop(x, chosen), drop(x, others), self.similarity)
+                x, guest_of = self.squeeze(drop(x, chosen), drop(x, others))
                 host = _move(host, tokens.patch, others, drop(patch, guest_of))
             tokens = Tokens(torch.cat([before, x], dim=1), patch, host)
 
@@ -214,7 +234,7 @@ class PrunedViT:
         static = static_scores(self._grid(images), x.device) if pruning.method.score == "static" else None
         generator = None if pruning.seed is None else torch.Generator(x.device).manual_seed(pruning.seed)
 
-        every = torch.arange(patches, device=x.device).expand(len(x), -1)  # (B, N)
+        every = torch.arange(patches, device=x.device).expand(x.shape[0], -1)  # (B, N)
         tokens = Tokens(x, every, every)
         for i, block in enumerate(self.blocks):
             if i not in pruning.at:
@@ -448,9 +468,14 @@ def _check_blocks(model, pruning):
         raise ValueError("a learned score cannot train on a model with global_pool='prr', whose pool takes no mask")
 
 
+def default_at(depth):
+    """The blocks that are pruned unless others are named: (d//4, d//2, 3·d//4) for d blocks, duplicates dropped."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+
 def _check_at(at, depth):
     if at is None:
-        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        return default_at(depth)
     if isinstance(at, (str, bytes)) or not isinstance(at, Iterable):
         raise TypeError(f"at must be a sequence of block indices, got {at!r}")
     at = tuple(at)

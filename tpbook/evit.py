@@ -32,7 +32,7 @@ def class_attention(attn, qkv, prefix, bias=None):
     Returns:
         (B, T − P) float32, the mean over heads.
     """
-    q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    q, k, _ = qkv.reshape(*qkv.shape[:2], 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
     q, k = attn.q_norm(q[:, :, :1]), attn.k_norm(k)
     row = (q * attn.scale) @ k.transpose(-2, -1)  # (B, H, 1, T)
     if bias is not None:
@@ -50,9 +50,10 @@ def fuse(x, kept, dropped, weights):
         weights: (B, n), a.
 
     Returns:
-        (B, k + 1, C): the kept tokens in the order of `kept`, the fused one last.
+        (B, k + 1, C): the kept tokens in the order of `kept`, the fused one last; (B, k, C) where none is dropped.
     """
-    return torch.cat([drop(x, kept), weighted_sum(drop(x, dropped), drop(weights, dropped))], dim=1)
+    fused = weighted_sum(drop(x, dropped), drop(weights, dropped))[:, : dropped.shape[1]]
+    return torch.cat([drop(x, kept), fused], dim=1)
 
 
 def weighted_sum(x, weights):

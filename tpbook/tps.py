@@ -45,7 +45,7 @@ def squeeze(kept, pruned, similarity=cosine):
         (B, k, C) squeezed tokens and (B, p) int64 hosts, positions in `kept`.
     """
     c, host = similarity(pruned, kept).max(dim=-1)  # (B, p) each
-    return _fuse(kept, pruned, c.float().exp(), host), host
+    return fuse_guests(kept, pruned, c.float().exp(), host), host
 
 
 def squeeze_masked(x, before, after, similarity=cosine):
@@ -66,14 +66,14 @@ def squeeze_masked(x, before, after, similarity=cosine):
     c = similarity(x, x).masked_fill((after < 0.5).unsqueeze(1), float("-inf"))  # (B, n, n): columns that stay
     c, host = c.max(dim=-1)  # (B, n) each
     pruned = before * (1 - after)  # (B, n)
-    squeezed = _fuse(x, x, c.float().exp() * pruned, host)
+    squeezed = fuse_guests(x, x, c.float().exp() * pruned, host)
     itself = torch.arange(x.shape[1], device=x.device).expand_as(host)
     return squeezed, torch.where(pruned > 0.5, host, itself)
 
 
-def _fuse(kept, pruned, weight, host):
+def fuse_guests(kept, pruned, weight, host):
     """y_j of the equation above, in float32: kept (B, k, C), pruned (B, p, C), weight and host (B, p) → (B, k, C)."""
-    total = torch.full(kept.shape[:2], math.e, device=kept.device).scatter_add(1, host, weight)  # Z (B, k)
+    total = torch.full_like(kept[:, :, 0], math.e, dtype=torch.float32).scatter_add(1, host, weight)  # Z (B, k)
     guests = weight.unsqueeze(-1) * pruned.float()  # (B, p, C)
     y = (math.e * kept.float()).scatter_add(1, host.unsqueeze(-1).expand_as(guests), guests)
     return (y / total.unsqueeze(-1)).to(kept.dtype)

@@ -1,0 +1,484 @@
+"""The explorer's page as a reader meets it: from disk, in Chromium, with the network cut; and its part in Jupyter."""
+
+import functools
+import io
+import json
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from conftest import serious
+from PIL import Image
+from test_site import WIDE, browser_needed, every_site
+
+import tpbook
+from tpbook import flops, widgets
+from tpbook.backbones import DIGITS, load_trained_digits
+from tpbook.methods import token_counts
+from tpbook.plots import NAMES
+
+RATIOS = (0.2, 0.35, 0.7, 1.0)
+
+
+@functools.cache
+def model_of(photographs, method, half=False):
+    """The model behind an explorer's state, made anew; `half` as the page's own files store it."""
+    name, options = widgets.CHOICES[method]
+    if tpbook.METHODS[name].score == "predictor":
+        return load_trained_digits(method)
+    model = tpbook.load_backbone("deit_tiny_patch16_224" if photographs else DIGITS)
+    if half:
+        model.load_state_dict({k: v.half().float() if v.nbytes >= 1024 else v for k, v in model.state_dict().items()})
+    return tpbook.prune(model, name, **options)
+
+
+@pytest.fixture
+def explorer(visit):
+    """A site → the explorer's page, its first state drawn."""
+
+    def open_(site, width=1280):
+        page = visit((site / "book/explorer.html").as_uri(), width)
+        page.wait_for_selector(".explorer canvas")
+        return page
+
+    return open_
+
+
+def settled(page):
+    """What the explorer shows, once it has come to rest."""
+    page.wait_for_function("(e => e.explorer?.state && !e.explorer.busy)(document.querySelector('.explorer'))")
+    return page.evaluate("""() => {
+        const {state, request} = document.querySelector('.explorer').explorer;
+        return {...state, logits: Array.from(state.logits ?? []), request};
+    }""")
+
+
+def choose(page, set_, image, method, ratio):
+    """By mouse and keyboard: a picture, a method, a keep ratio."""
+    groups = page.locator(".explorer .images fieldset")
+    groups.nth(set_).locator(".thumb").nth(image).click()
+    page.locator(".explorer .methods").get_by_text(NAMES[method], exact=True).click()
+    slider = page.locator(".explorer").get_by_label("Keep ratio ρ")
+    slider.focus()
+    slider.press("Home")
+    for _ in range(carried_by(page)["ratios"].index(ratio)):
+        slider.press("ArrowRight")
+    return settled(page)
+
+
+def expected(carried, state):
+    """What tpbook computes for the state that the page shows: trace, logits, cost."""
+    request = state["request"]
+    image = carried["sets"][request["set"]]["images"][request["image"]]
+    photographs = len(carried["sets"][request["set"]]["classes"]) == 1000
+    model = model_of(photographs, request["method"])
+    model.keep_ratio = request["ratio"]
+    with torch.inference_mode(), tpbook.trace(model) as t:
+        logits = model(widgets.input_of(image["src"], model))[0]
+    return model, t, logits
+
+
+def carried_by(page):
+    return json.loads(page.locator("#explorer-data").text_content())
+
+
+@browser_needed
+@every_site
+def test_every_state_shown_is_what_tpbook_computes(site, explorer):
+    page = explorer(site)
+    carried = carried_by(page)
+    for set_, group in enumerate(carried["sets"]):
+        for i, (method, ratio) in enumerate(product(group["methods"], RATIOS)):
+            state = choose(page, set_, i % len(group["images"]), method, ratio)
+            assert state["request"]["method"] == method and state["request"]["ratio"] == ratio
+            model, t, logits = expected(carried, state)
+            for shown, kept in zip(state["kept"], t.kept, strict=True):
+                assert shown == sorted(p for p in kept[0].tolist() if p >= 0)
+            assert state["host"] == [host[0].tolist() for host in t.host]
+            p = logits.softmax(0)
+            assert [q for _, q in state["top"]] == pytest.approx(p.sort(descending=True).values[:5].tolist(), abs=1e-3)
+            assert state["top"][0][0] == int(p.argmax())
+            cost = flops.closed_form(model)
+            assert state["macs"] == list(cost.by_block) and state["total"] == cost.total
+            # and it is on the page: the sentence, the captions, the alternative texts, the numbers
+            left = [sum(p >= 0 for p in kept[0].tolist()) for kept in t.kept]
+            said = page.locator(".explorer .said").inner_text()
+            assert f"{NAMES[method]}, ρ = {ratio:.2f}: {', '.join(map(str, left))} of 196 patches left" in said
+            assert group["classes"][int(p.argmax())] in said
+            for stage, n in enumerate(left):
+                label = page.locator(".explorer canvas").nth(stage + 1).get_attribute("aria-label")
+                assert f"Stage {stage + 1}, block {(3, 6, 9)[stage]}: {n} of 196 patches left" in label
+            row = page.locator(".explorer details tbody tr").nth(11).locator("td").all_text_contents()
+            assert row[0] == str(len(t.kept[-1][0]) + 1) and row[2] == f"{cost.by_block[11]:,}"
+    assert not page.wrong
+
+
+WHITENED = """i => {
+    const [first, canvas] = [0, i].map(n => document.querySelectorAll('.explorer canvas')[n]);
+    const of = c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    const [a, b] = [of(first), of(canvas)], cell = canvas.width / 14, out = [];
+    for (let p = 0; p < 196; p++) {
+        const x = Math.floor((p % 14 + 0.5) * cell), y = Math.floor((Math.floor(p / 14) + 0.5) * cell);
+        const at = 4 * (y * canvas.width + x);
+        out.push(b[at] !== a[at]);
+    }
+    return out;
+}"""
+
+
+@browser_needed
+@every_site
+def test_pictures_show_the_state(site, explorer):
+    """Pixels: a digit's canvas is dark, so that a patch differs from the first picture just where it is whitened."""
+    page = explorer(site)
+    digits = len(carried_by(page)["sets"]) - 1
+    state = choose(page, digits, 1, "dynamicvit", 0.5)
+    for stage, kept in enumerate(state["kept"]):
+        gone = np.flatnonzero(page.evaluate(WHITENED, stage + 1)).tolist()
+        assert gone == [p for p in range(196) if p not in kept]
+
+
+@browser_needed
+@every_site
+def test_every_control_by_mouse_and_by_keyboard(site, explorer):
+    page = explorer(site)
+    last = carried_by(page)["sets"][-1]
+    state = choose(page, len(carried_by(page)["sets"]) - 1, 0, "etps", 0.7)
+
+    def changed(what):
+        nonlocal state
+        before, state = state, settled(page)
+        assert state["request"][what] != before["request"][what], what
+
+    # pictures
+    radio = page.locator(".explorer .images fieldset").last.locator("input")
+    assert [radio.nth(i).get_attribute("aria-label") for i in range(6)] == [image["alt"] for image in last["images"]]
+    radio.first.focus()
+    page.keyboard.press("ArrowRight")
+    changed("image")
+    outline = "e => getComputedStyle(e.nextElementSibling).outlineStyle"
+    assert radio.nth(1).evaluate(outline) == "solid", "focus is seen"
+    page.locator(".explorer .images fieldset").last.locator(".thumb").nth(4).click()
+    changed("image")
+    # methods
+    method = page.locator(".explorer .methods")
+    method.get_by_label("eTPS").focus()
+    page.keyboard.press("ArrowLeft")
+    changed("method")
+    assert state["request"]["method"] == "dtps"
+    method.get_by_text("random").click()
+    changed("method")
+    assert not page.locator(".explorer .view").is_visible(), "random squeezes nothing"
+    method.get_by_text("eTPS").click()
+    changed("method")
+    # keep ratio
+    slider = page.locator(".explorer").get_by_label("Keep ratio ρ")
+    slider.focus()
+    for key in ("ArrowLeft", "Home", "End", "PageDown"):
+        slider.press(key)
+        changed("ratio")
+        assert slider.get_attribute("aria-valuetext") == f"keep ratio {state['request']['ratio']:.2f}"
+    box = slider.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2)
+    changed("ratio")
+    # who carries whom
+    canvas = page.locator(".explorer canvas").nth(3)
+    before = canvas.evaluate("c => c.toDataURL()")
+    page.get_by_label("patches that are left").focus()
+    page.keyboard.press("ArrowDown")
+    assert (after := canvas.evaluate("c => c.toDataURL()")) != before
+    page.get_by_text("patches that are left").click()
+    assert canvas.evaluate("c => c.toDataURL()") == before != after
+    # follow a patch
+    follow, said = page.get_by_label("Follow a patch"), page.locator(".explorer output").last
+    follow.focus()
+    follow.press("ArrowRight")
+    assert said.inner_text().startswith("row 1, column 1: ")
+    box = canvas.bounding_box()
+    for patch in (0, 100, 195):
+        across, down = (patch % 14 + 0.5) / 14, (patch // 14 + 0.5) / 14
+        page.mouse.click(box["x"] + box["width"] * across, box["y"] + box["height"] * down)
+        place = "row {}, column {}".format
+        gone = next((s for s, kept in enumerate(state["kept"]) if patch not in kept), None)
+        fate = "left to the end"
+        if gone is not None:
+            host, last_host = state["host"][gone][patch], state["host"][-1][patch]
+            fate = f"squeezed into {place(host // 14 + 1, host % 14 + 1)} at stage {gone + 1}"
+            fate += f", in the end in {place(last_host // 14 + 1, last_host % 14 + 1)}" if host != last_host else ""
+        assert said.inner_text() == f"{place(patch // 14 + 1, patch % 14 + 1)}: {fate}"
+    # the numbers
+    page.get_by_text("The same as numbers").focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".explorer details table").is_visible()
+    assert not page.wrong
+
+
+@browser_needed
+@every_site
+def test_methods_without_trained_predictors_are_not_offered(site, explorer):
+    page = explorer(site)
+    sets = carried_by(page)["sets"]
+    for i, group in enumerate(sets):
+        page.locator(".explorer .images fieldset").nth(i).locator(".thumb").first.click()
+        settled(page)
+        for method in widgets.CHOICES:
+            radio = page.locator(".explorer .methods").get_by_label(NAMES[method], exact=True)
+            assert radio.is_enabled() == (method in group["methods"]), (group["name"], method)
+        why = page.locator(".explorer").get_by_text("need trained predictors")
+        assert why.is_visible() == (len(group["methods"]) < len(widgets.CHOICES))
+
+
+@browser_needed
+@every_site
+def test_weight_and_first_picture(site, visit):
+    address = (site / "book/explorer.html").as_uri()
+    assert len((site / "book/explorer.html").read_bytes()) < 2e6
+    page = visit(address)
+    page.wait_for_function("performance.getEntriesByName('explorer-shown').length")
+    assert page.evaluate("performance.getEntriesByName('explorer-shown')[0].startTime") < 1000
+    loaded = {url.split("?")[0].split("#")[0] for url in page.asked if url.startswith("file:")}
+    files = [site / url.removeprefix(f"{site.as_uri()}/") for url in loaded]
+    assert any(file.name == "explorer.js" for file in files)
+    assert not [file for file in files if file.parent.name in ("onnxruntime", "models")], "nobody asked for it"
+    assert sum(file.stat().st_size for file in files) < 6e6
+
+
+@browser_needed
+@every_site
+def test_motion_and_narrow_screens(site, explorer):
+    page = explorer(site, 390)
+    page.emulate_media(reduced_motion="reduce")
+    assert not page.evaluate("""[...document.querySelectorAll('.explorer *, .cost-explorer *')].filter(e => {
+        const {transitionDuration, animationName} = getComputedStyle(e);
+        return parseFloat(transitionDuration) > 0.001 || animationName !== 'none';
+    }).map(e => e.outerHTML.slice(0, 80))""")
+    digits = len(carried_by(page)["sets"]) - 1
+    choose(page, digits, 2, "dtps", 0.5)
+    page.get_by_label("which token carries which patch").check()
+    assert not page.evaluate(WIDE)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert not serious(page)
+
+
+# ---- in the page, really computing
+
+
+@pytest.fixture
+def running(explorer):
+    """A site → its page after the button: the model runs there."""
+
+    def start(site):
+        page = explorer(site)
+        page.get_by_role("button", name="Run the model in this page").press("Enter")
+        page.wait_for_function("document.querySelector('.explorer').explorer.state.logits", timeout=60_000)
+        return page
+
+    return start
+
+
+SEEN = """async ([set, image]) => {
+    const {images, onnx} = JSON.parse(document.getElementById('explorer-data').textContent).sets[set];
+    const picture = new Image();
+    picture.src = images[image].src;
+    await picture.decode();
+    return Array.from(tpbook.pixels(picture, {...onnx.preparation, crop: 1}).tensor);
+}"""
+
+
+@browser_needed
+@every_site
+def test_the_page_computes_what_pytorch_computes(site, running):
+    page = running(site)
+    carried = carried_by(page)
+    for set_, group in enumerate(carried["sets"]):
+        for i, method in enumerate(group["methods"]):
+            page.locator(".explorer .images fieldset").nth(set_).locator(".thumb").nth(i).click()
+            page.locator(".explorer .methods").get_by_text(NAMES[method], exact=True).click()
+            slider = page.locator(".explorer").get_by_label("Keep ratio ρ")
+            slider.fill(str(20 + 13 * i))
+            state = settled(page)
+            request = state["request"]
+            assert request["method"] == method and request["image"] == i and request["ratio"] == (25 + 13 * i) / 100
+            if method == "random":  # the page's own draws
+                counts = token_counts(196, [request["ratio"]] * 3, tpbook.METHODS["random"])
+                assert [len(kept) for kept in state["kept"]] == [count.kept for count in counts]
+                continue
+            photographs = len(group["classes"]) == 1000
+            model = model_of(photographs, method, half=photographs)
+            model.keep_ratio = request["ratio"]
+            x = torch.tensor(page.evaluate(SEEN, [set_, i])).view(1, model.in_chans, *model.patch_embed.img_size)
+            with torch.inference_mode(), tpbook.trace(model) as t:
+                logits = model(x)[0]
+            assert state["logits"] == pytest.approx(logits.tolist(), abs=1e-4)
+            assert state["kept"] == [kept[0].tolist() for kept in t.kept]
+            assert state["host"] == [host[0].tolist() for host in t.host]
+            cost = flops.closed_form(model)
+            assert state["macs"] == list(cost.by_block) and state["total"] == cost.total
+            assert state["tokens"] == widgets.cost_of(model)["tokens"]
+            if not photographs:  # its pictures are PNGs
+                torch.testing.assert_close(x, widgets.input_of(group["images"][i]["src"], model))
+    assert not page.wrong
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+THUMBS = "n => document.querySelector('.explorer .images fieldset').querySelectorAll('.thumb').length === n"
+SAID = "text => document.querySelector('.explorer .said').textContent.includes(text)"
+
+
+def give(field, name, content):
+    field.set_input_files({"name": name, "mimeType": "image/png", "buffer": content})
+
+
+DROP = """([name, bytes]) => {
+    const dropped = new DataTransfer();
+    dropped.items.add(new File([new Uint8Array(bytes)], name, {type: 'image/png'}));
+    const drop = new DragEvent('drop', {dataTransfer: dropped, bubbles: true, cancelable: true});
+    document.querySelector('.explorer canvas').dispatchEvent(drop);
+}"""
+
+
+@browser_needed
+@every_site
+def test_a_picture_is_dropped(site, explorer):
+    """Before the button was pressed: that loads the model too."""
+    page = explorer(site)
+    count = page.locator(".explorer .images fieldset").first.locator(".thumb").count()
+    page.evaluate(DROP, ["mine.png", list(png(Image.new("L", (70, 40), 200)))])
+    page.wait_for_function(THUMBS, arg=count + 1, timeout=60_000)
+    state = settled(page)
+    assert state["request"]["image"] == count and len(state["logits"]) in (10, 1000)
+    assert not page.locator("#explorer-run").is_visible() and not page.wrong
+
+
+@browser_needed
+@every_site
+def test_a_picture_of_the_readers_own(site, running):
+    page = running(site)
+    field = page.get_by_label("A picture of your own")
+    count = page.locator(".explorer .images fieldset").first.locator(".thumb").count()
+    pictures = {
+        "grey.png": Image.new("L", (80, 50), 99), "clear.png": Image.new("RGBA", (5, 9), (9, 9, 9, 0)),
+        "tiny.png": Image.new("RGB", (1, 1)),
+    }  # fmt: skip
+    for name, picture in pictures.items():
+        give(field, name, png(picture))
+        count += 1
+        page.wait_for_function(THUMBS, arg=count)
+        state = settled(page)
+        assert state["request"]["image"] == count - 1 and np.isfinite(state["logits"]).all()
+        assert page.locator(".explorer canvas").first.get_attribute("aria-label").startswith(name)
+    broken = {"words.txt": b"no picture", "empty.png": b"", "half.png": png(Image.effect_noise((90, 90), 9))[:300]}
+    for name, content in broken.items():
+        give(field, name, content)
+        page.wait_for_function(SAID, arg=f"{name} ")
+        assert settled(page)["request"]["image"] == count - 1, "the last state stays"
+    assert not [wrong for wrong in page.wrong if "blob:" not in wrong]
+
+
+# ---- in Jupyter: the widget's own JavaScript; a stand-in for the kernel's messages lets the widget answer
+
+JUPYTER = """async source => {
+    const widget = (await import(URL.createObjectURL(new Blob([source], {type: 'text/javascript'})))).default;
+    const heard = [], data = JSON.parse(await kernel('data'));
+    window.asked = [];
+    const model = {
+        get: () => data,
+        on: (_, hear) => heard.push(hear),
+        off: () => heard.length = 0,
+        send: async (question, _, buffers) => {
+            asked.push(question);
+            const bytes = buffers ? Array.from(new Uint8Array(buffers[0])) : [];
+            const answer = JSON.parse(await kernel(JSON.stringify([question, bytes])));
+            heard.forEach(hear => hear(answer));
+        },
+    };
+    document.body.innerHTML = '<main></main><aside></aside>';
+    widget.render({model, el: document.querySelector('main')});
+    window.again = () => widget.render({model, el: document.querySelector('aside')});
+}"""
+
+
+@browser_needed
+def test_the_widget_in_jupyter(visit, tmp_path):
+    (tmp_path / "empty.html").write_text("<!doctype html><html lang=en><title>t</title><body></body></html>")
+    page = visit((tmp_path / "empty.html").as_uri())
+    widget = widgets.explorer(method="etps", keep_ratio=0.5)
+
+    def kernel(asked):
+        if asked == "data":
+            return json.dumps(widget.data)
+        question, content = json.loads(asked)
+        answers = []
+        widget.send = lambda reply, *_: answers.append(json.dumps(reply))
+        widget.answer(None, question, [bytes(content)])
+        return answers[0]
+
+    page.expose_function("kernel", kernel)
+    page.evaluate(JUPYTER, widget._esm)
+    state = settled(page)
+    assert state["request"]["method"] == "etps" and state["request"]["ratio"] == 0.5
+    # overtaken moves are dropped: of many only the first and the last are asked
+    page.evaluate("asked.length = 0")
+    page.evaluate("""() => {
+        const slider = document.querySelector('input[type=range]');
+        for (let i = 10; i < 60; i++) { slider.value = i; slider.dispatchEvent(new Event('input')); }
+    }""")
+    state = settled(page)
+    assert state["request"]["ratio"] == 0.64 and page.evaluate("asked.map(q => q.ratio)") == [0.15, 0.64]
+    reference = tpbook.prune(tpbook.load_backbone(DIGITS), "etps", keep_ratio=0.64)
+    with torch.inference_mode(), tpbook.trace(reference) as t:
+        reference(widget.inputs[0])
+    assert state["kept"] == [sorted(kept[0].tolist()) for kept in t.kept]
+    assert state["host"] == [host[0].tolist() for host in t.host]
+    # other blocks
+    page.locator(".blocks").get_by_label("1", exact=True).check()
+    state = settled(page)
+    assert state["request"]["at"] == [1, 3, 6, 9] and len(state["kept"]) == 4
+    assert page.locator("figcaption").count() == 5
+    # what a method cannot do is said
+    page.locator(".methods").get_by_text("dTPS").click()
+    page.wait_for_function(SAID, arg="trained to prune before blocks (3, 6, 9)")
+    assert "stale" in page.locator("main").get_attribute("class"), "the pictures are still another state's"
+    page.locator(".blocks").get_by_label("1", exact=True).uncheck()
+    assert settled(page)["request"]["method"] == "dtps"
+    assert "stale" not in page.locator("main").get_attribute("class")
+    # a picture
+    field = page.locator("main input[type=file]")
+    give(field, "mine.png", png(Image.new("L", (9, 9), 200)))
+    page.wait_for_function(THUMBS, arg=7)
+    assert settled(page)["request"]["image"] == 6 and len(widget.inputs) == 7
+    give(field, "mine.txt", b"words")
+    page.wait_for_function(SAID, arg="mine.txt is no picture")
+    give(field, "long.png", bytes(10_000_001))
+    page.wait_for_function(SAID, arg="long.png has 11 MB, and Jupyter takes 9")
+    # a second display of the same widget has its own answers, and its own pictures
+    page.evaluate("void again()")
+    second = "document.querySelector('aside').explorer"
+    page.wait_for_function(f"{second}?.state && !{second}.busy")
+    page.evaluate("""() => {
+        for (const [place, value] of [['main', 10], ['aside', 80]]) {
+            const slider = document.querySelector(`${place} input[type=range]`);
+            slider.value = value;
+            slider.dispatchEvent(new Event('input'));
+        }
+    }""")
+    page.wait_for_function(f"!{second}.busy")
+    shown = [settled(page)["kept"][0], page.evaluate(f"{second}.state.kept[0]")]
+    assert [len(kept) for kept in shown] == [math.floor(196 * 0.15), math.ceil(196 * 0.85)]  # dTPS, eTPS
+    give(page.locator("aside input[type=file]"), "theirs.png", png(Image.new("L", (9, 9), 20)))
+    page.wait_for_function("document.querySelectorAll('aside .thumb').length === 7")
+    page.wait_for_function(f"!{second}.busy")
+    assert page.evaluate("asked.at(-1).image") == 7
+    give(field, "more.png", png(Image.new("L", (9, 9), 20)))
+    page.wait_for_function(THUMBS, arg=8)
+    settled(page)
+    assert page.evaluate("asked.at(-1).image") == 8, "not the second display's"
+    assert not page.wrong and not serious(page)
