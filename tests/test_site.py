@@ -147,6 +147,9 @@ def test_published_addresses_stay(site):
 # ---- in a browser
 
 
+DRAWN = "new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))"
+
+
 @browser_needed
 @every_page
 def test_in_a_browser(page, visit):
@@ -159,6 +162,7 @@ def test_in_a_browser(page, visit):
         shown.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
         for width in widths:
             shown.set_viewport_size({"width": width, "height": 900})
+            shown.evaluate(DRAWN)  # the page hears of its new size before it draws
             assert not shown.evaluate(WIDE), f"{scheme}: wider than {width} px"
         found = serious(shown)
         assert not found, f"{scheme}: {json.dumps(found, indent=1)}"
