@@ -230,6 +230,13 @@ def slide(page, name, share):
     page.mouse.click(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
 
 
+def press(page, name, key):
+    """Press a key on a control. → what `check` gives then."""
+    control(page, name).focus()
+    page.keyboard.press(key)
+    return check(page)
+
+
 def test_as_it_opens(explorer):
     now = check(explorer())
     assert now["preset"] == "DeiT-S" and now["at"] == [3, 6, 9] and now["keep ratio ρ"] == "0.7"
@@ -239,13 +246,10 @@ def test_as_it_opens(explorer):
 def test_sliders(explorer, name):
     page = explorer()
     opening = check(page)
-    control(page, name).focus()
-    page.keyboard.press("ArrowRight")
-    by_key = check(page)
+    by_key = press(page, name, "ArrowRight")
     assert float(by_key[name]) > float(opening[name])
     assert by_key["preset"] == ("DeiT-S" if name == "keep ratio ρ" else "own values")
-    page.keyboard.press("ArrowLeft")
-    assert check(page) == opening
+    assert press(page, name, "ArrowLeft") == opening
     slide(page, name, 0.1)
     assert float(check(page)[name]) < float(opening[name])
     slide(page, name, 0.8)
@@ -256,9 +260,7 @@ def test_sliders(explorer, name):
 def test_choices(explorer, name):
     page = explorer()
     opening = check(page)
-    control(page, name).focus()
-    page.keyboard.press("ArrowDown")
-    by_key = check(page)
+    by_key = press(page, name, "ArrowDown")
     assert by_key[name] != opening[name]
     control(page, name).select_option(opening[name])  # the mouse picks from a list that the system draws
     assert check(page) == opening

@@ -265,6 +265,7 @@ window.tpbook ??= {};
       credit.innerHTML = image.credit ?? "";
       tpbook.bars(tokens, { values: state.tokens, dense: dense.tokens, colour, format: (v) => `${v}`,
         label: `Tokens after blocks 0 to ${dense.tokens.length - 1}: ${state.tokens.join(", ")}` });
+      macs.parentElement.hidden = !state.macs; // unknown of blocks other than timm's plain ones
       if (state.macs) {
         const most = Math.max(...dense.macs), list = state.macs.map((v) => tpbook.amount(v, most)).join(", ");
         tpbook.bars(macs, { values: state.macs, dense: dense.macs, colour, format: (v) => `${tpbook.amount(v)} ${tpbook.unit(v)}`,
