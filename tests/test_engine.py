@@ -5,9 +5,12 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import FAMILIES
 
 import tpbook
+from tpbook.dynamicvit import KeepMask, masked_attention
+from tpbook.engine import fast_attention
 
 LEARNED = ("dynamicvit", "dtps")
 NEEDS_CLASS_TOKEN = ("evit", "etps")
@@ -276,3 +279,79 @@ def test_pickle_survives_a_buffer(small, images):
     assert type(again) is type(model)
     x = images(model)
     assert torch.equal(again(x), model(x))
+
+
+# ---------------------------------------------------------------------------- attention while a learned method trains
+
+
+def gradients(model, x):
+    """(logits, every parameter's gradient) of one training forward."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    logits = model(x)
+    logits.float().square().sum().backward()
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_masked_softmax_is_the_plain_one(dtype):
+    """Ã and its gradients, those of dropped tokens' decisions too, are those of the bias log G and autograd."""
+    q, k, v = (torch.randn(2, 3, 9, 4, dtype=dtype).requires_grad_() for _ in range(3))
+    keep = torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1, 0], [1] + 8 * [0]], dtype=torch.float32).requires_grad_()
+    got = F.scaled_dot_product_attention(q, k, v, attn_mask=KeepMask(keep, dtype), dropout_p=0.0)
+    assert got.dtype is dtype
+    logits = (q * 0.5) @ k.transpose(-2, -1)
+    want = (logits + masked_attention(keep)).softmax(dim=-1).to(dtype) @ v
+    torch.testing.assert_close(got, want, atol=0, rtol=0 if dtype is torch.bfloat16 else 1e-6)
+    upstream = torch.randn_like(got)
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]  # log G is float32
+    grads = torch.autograd.grad(got, (q, k, v, keep), upstream, retain_graph=True)
+    for a, b in zip(grads, torch.autograd.grad(want, (q, k, v, keep), upstream)):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    assert (grads[3][:, 1:] != 0).all()
+    again = torch.autograd.grad(got, (q, k, v, keep), upstream)
+    assert all(torch.equal(a, b) for a, b in zip(grads, again))
+
+
+@pytest.mark.parametrize("family", ["deit", "average", "siglip", "qk_norm", "dinov2_reg"])
+@pytest.mark.parametrize("method", [*LEARNED, "evit"])
+def test_masks_train_alike_in_fused_and_explicit_attention(small, images, family, method):
+    if method == "evit" and family == "siglip":
+        pytest.skip("no class token")
+    model = tpbook.prune(small(family).train(), method, score="predictor", keep_ratio=0.5)
+    x = images(model)
+    fused = gradients(model, x)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    explicit = gradients(model, x)
+    torch.testing.assert_close(fused[0], explicit[0], atol=1e-4, rtol=1e-4)
+    assert fused[1].keys() == explicit[1].keys()
+    for name, gradient in explicit[1].items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(fused[1][name], gradient, atol=1e-3 * scale + 1e-6, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["deit", "qk_norm"])
+def test_masks_train_in_half_precision(small, images, family, dtype):
+    """Under autocast the decisions of dropped tokens get a gradient, float16 or not; whole models take bfloat16."""
+    model = tpbook.prune(small(family).train(), "dynamicvit", keep_ratio=0.5)
+    x = images(model)
+    exact = gradients(model, x)[1]
+    with torch.autocast("cpu", dtype), fast_attention(model, x):
+        assert [block.attn.fused_attn for block in model.blocks] == [dtype is torch.float16] + 5 * [True]
+        logits, half = gradients(model, x)
+    assert logits.isfinite().all()
+    weight = "score_predictor.0.out_conv.4.weight"
+    assert torch.cosine_similarity(exact[weight].flatten(), half[weight].flatten(), dim=0) > 0.5
+    model, x = model.bfloat16(), x.bfloat16()
+    for fused in (True, False):
+        for block in model.blocks:
+            block.attn.fused_attn = fused
+        assert gradients(model, x)[0].dtype is torch.bfloat16
+
+
+def test_masks_train_with_attention_dropout(small, images):
+    model = tpbook.prune(small(attn_drop_rate=0.1).train(), "dynamicvit", keep_ratio=0.5)
+    grads = gradients(model, images(model))[1]
+    assert all(grads[f"score_predictor.{s}.out_conv.4.weight"].abs().max() > 0 for s in range(3))

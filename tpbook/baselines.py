@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 def random_scores(batch, n, *, device, generator=None):
     """(B, n) float32, uniform in [0, 1): every set of tokens is equally likely to be kept."""
-    return torch.rand(batch, n, device=device, generator=generator)
+    chance = {} if generator is None else {"generator": generator}  # torch.compile cannot trace generator=None
+    return torch.rand(batch, n, device=device, **chance)
 
 
 def static_scores(grid, device=None):

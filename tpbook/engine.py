@@ -12,17 +12,20 @@ Chapter: :doc:`/book/a-tour-of-keep-ratios`
 import contextlib
 import functools
 import numbers
+import statistics
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Attention, get_device_dtype
 from timm.models import VisionTransformer, checkpoint
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
 from .baselines import random_scores, static_scores
-from .dynamicvit import KEEP, ScorePredictor, drop, masked_attention, sample
+from .dynamicvit import KEEP, KeepMask, ScorePredictor, drop, sample
 from .evit import class_attention, fuse, weighted_sum
 from .methods import METHODS, SCORES, Method, token_counts
 from .tps import SIMILARITIES, squeeze, squeeze_masked
@@ -34,10 +37,10 @@ class Tokens:
     """The tokens of one forward, as they pass from stage to stage."""
 
     x: Tensor  # (B, P + n, C)
-    patch: Tensor  # (B, n) the original patch of each patch token, −1 for a fused one
-    host: Tensor  # (B, N) the original patch whose token carries each patch
+    patch: Tensor | None  # (B, n) the original patch of each patch token, −1 for a fused one; None if none asks
+    host: Tensor | None  # (B, N) the original patch whose token carries each patch; None with `patch`
     keep: Tensor | None = None  # (B, n) running keep mask D; only while a learned method trains
-    bias: Tensor | None = None  # (B, 1, T, T) attention bias that hides tokens with D = 0
+    mask: KeepMask | None = None  # for `attn_mask`: hides the tokens with D = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Pruning:
     keep_ratio: float | tuple[float, ...]
     invert: bool
     seed: int | None
+    known: dict = field(default_factory=dict, init=False, compare=False, repr=False)  # counts by N, once computed
 
     @property
     def ratios(self):
@@ -63,13 +67,16 @@ class Pruning:
 
     def counts(self, patches):
         """list of `StageCount`, one a stage, for N = `patches`."""
-        return token_counts(patches, self.ratios, self.method)
+        counts = self.known.get(patches) or token_counts(patches, self.ratios, self.method)
+        if min(count.kept for count in counts) > 1:  # else it may have warned, and is to warn again
+            self.known[patches] = counts
+        return counts
 
 
 class Stage(nn.Module):
     """One pruning stage: score the patch tokens, choose, reduce. It has no parameters of its own.
 
-    `exporting.py` overrides `draw`, `keeps_all`, `rank` and `squeeze`.
+    `exporting.py` overrides `draw`, `keeps_all`, `choose` and `squeeze`.
     """
 
     def __init__(self, method, invert, similarity):
@@ -90,9 +97,15 @@ class Stage(nn.Module):
         """Whether all n tokens stay, so that there is nothing to do."""
         return kept >= n
 
-    def rank(self, scores, kept):
-        """(B, n) positions of the tokens, best first; of equal static scores, and there are many, the earlier first."""
-        return scores.argsort(dim=1, descending=not self.invert, stable=self.method.score == "static")
+    def choose(self, scores, kept):
+        """(B, kept) positions of the tokens that stay, best first, and (B, n − kept) of the others where they are used.
+
+        Of equal static scores, and there are many, the earlier token stays.
+        """
+        if self.method.reduce == "drop" and self.method.score != "static":
+            return scores.topk(kept, largest=not self.invert).indices, None
+        order = scores.argsort(dim=1, descending=not self.invert, stable=self.method.score == "static")  # (B, n)
+        return order[:, :kept], order[:, kept:]
 
     def squeeze(self, kept, pruned):
         """`tps.squeeze` by this stage's similarity."""
@@ -114,18 +127,18 @@ class Stage(nn.Module):
             `Tokens` leaving the stage.
         """
         qkv, self.qkv = self.qkv, None
-        before, x = tokens.x[:, :prefix], tokens.x[:, prefix:]  # (B, P, C), (B, n, C)
-        score = self.method.score
+        x, score = tokens.x[:, prefix:], self.method.score  # (B, n, C)
         if score == "random":  # drawn whether needed or not, so that later draws do not depend on the ratio
             scores = self.draw(x.shape[0], x.shape[1], x.device, generator)
         sampling, reducing = self.training and score == "predictor", not self.keeps_all(kept, x.shape[1])
         if not (sampling or reducing) and trace is None:
             return tokens
 
+        attention = None
         if self.source is not None:
-            attention = class_attention(self.source, qkv, prefix, tokens.bias)  # (B, n)
+            attention = class_attention(self.source, qkv, tokens.mask and tokens.mask.keep)  # (B, P + n)
         if score == "class_attention":
-            scores = attention
+            scores = attention[:, prefix:]
         elif score == "static":
             scores = static[tokens.patch.clamp(min=0)].masked_fill(tokens.patch < 0, float("-inf"))
         elif score == "predictor":
@@ -135,21 +148,9 @@ class Stage(nn.Module):
             trace.scores.append(scores)
 
         if sampling:
-            tokens = self._sample(tokens, before, x, log_probs, attention if self.source is not None else None)
+            tokens = self._sample(tokens, prefix, log_probs, attention)
         elif reducing:
-            order = self.rank(scores, kept)  # (B, n)
-            chosen, others = order[:, :kept], order[:, kept:]
-            patch, host = drop(tokens.patch, chosen), tokens.host
-            if self.method.reduce == "drop":
-                x = drop(x, chosen)
-            elif self.method.reduce == "fuse":
-                x = fuse(x, chosen, others, attention)
-                fused = torch.full_like(patch[:, :1], -1)[:, : others.shape[1]]  # (B, 1): none where none is dropped
-                patch = torch.cat([patch, fused], dim=1)
-            else:
-                x, guest_of = self.squeeze(drop(x, chosen), drop(x, others))
-                host = _move(host, tokens.patch, others, drop(patch, guest_of))
-            tokens = Tokens(torch.cat([before, x], dim=1), patch, host)
+            tokens = self._reduce(tokens, prefix, *self.choose(scores, kept), attention)
 
         if trace is not None:
             if tokens.keep is None:
@@ -160,8 +161,27 @@ class Stage(nn.Module):
                 trace.host.append(tokens.host)
         return tokens
 
-    def _sample(self, tokens, before, x, log_probs, attention):
+    def _reduce(self, tokens, prefix, chosen, others, attention):
+        """Remove tokens: chosen (B, k) and others (B, p) are positions among the patch tokens."""
+        x, patch, host = tokens.x, tokens.patch, tokens.host
+        if patch is not None:
+            patch = drop(patch, chosen)
+        kept = chosen + prefix  # (B, k) positions in x
+        if self.method.reduce == "drop":
+            x = drop(x, kept)
+        elif self.method.reduce == "fuse":
+            x = fuse(x, kept, others + prefix, attention)
+            if patch is not None:
+                patch = F.pad(patch, (0, x.shape[1] - patch.shape[1]), value=-1)  # the fused token's, if there is one
+        else:
+            x, guest_of = self.squeeze(drop(x, kept), drop(x, others + prefix))
+            if patch is not None:
+                host = _move(host, tokens.patch, others, drop(patch, guest_of))
+        return Tokens(torch.cat([tokens.x[:, :prefix], x], dim=1), patch, host)
+
+    def _sample(self, tokens, prefix, log_probs, attention):
         """Training of a learned method: every token stays, a mask says which of them count."""
+        before, x = tokens.x[:, :prefix], tokens.x[:, prefix:]  # (B, P, C), (B, n, C)
         alive = tokens.keep if tokens.keep is not None else torch.ones_like(log_probs[..., KEEP])
         keep = sample(log_probs.flip(-1) if self.invert else log_probs, alive)  # (B, n)
         patch, host = tokens.patch, tokens.host
@@ -169,11 +189,11 @@ class Stage(nn.Module):
             x, to = squeeze_masked(x, alive, keep, self.similarity)
             host = _move(host, patch, torch.arange(x.shape[1], device=x.device).expand_as(to), drop(patch, to))
         elif self.method.reduce == "fuse":
-            x = torch.cat([x, weighted_sum(x, attention * alive * (1 - keep))], dim=1)
+            x = torch.cat([x, weighted_sum(x, attention[:, prefix:] * alive * (1 - keep))], dim=1)
             keep = torch.cat([keep, torch.ones_like(keep[:, :1])], dim=1)
             patch = torch.cat([patch, patch.new_full((len(patch), 1), -1)], dim=1)
-        everyone = torch.cat([torch.ones_like(keep[:, :1]).expand(-1, before.shape[1]), keep], dim=1)  # (B, T)
-        return Tokens(torch.cat([before, x], dim=1), patch, host, keep, masked_attention(everyone).to(x.dtype))
+        everyone = torch.cat([torch.ones_like(keep[:, :1]).expand(-1, prefix), keep], dim=1)  # (B, T)
+        return Tokens(torch.cat([before, x], dim=1), patch, host, keep, KeepMask(everyone, x.dtype))
 
 
 def _move(host, patch, guests, hosts):
@@ -224,6 +244,15 @@ class PrunedViT:
     def _run(self, images, attn_mask, is_causal):
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask and is_causal must be left unset on a pruned model: its tokens get removed")
+        half = None if self.training or torch.compiler.is_compiling() else _half_on_cpu(images)
+        # at ρ = 1 never: a stage that does nothing changes nothing
+        explicit = half is not None and min(self._pruning.ratios) < 1 and explicit_is_faster(half)
+        if explicit:
+            with _explicit_attention(self.blocks):
+                return self._through_blocks(images)
+        return self._through_blocks(images)
+
+    def _through_blocks(self, images):
         pruning, trace = self._pruning, self.__dict__.get("_trace")
         if trace is not None:
             trace.clear()
@@ -234,7 +263,9 @@ class PrunedViT:
         static = static_scores(self._grid(images), x.device) if pruning.method.score == "static" else None
         generator = None if pruning.seed is None else torch.Generator(x.device).manual_seed(pruning.seed)
 
-        every = torch.arange(patches, device=x.device).expand(x.shape[0], -1)  # (B, N)
+        every = None  # who is who: followed only where that is asked for
+        if self.training or trace is not None or static is not None:
+            every = torch.arange(patches, device=x.device).expand(x.shape[0], -1)  # (B, N)
         tokens = Tokens(x, every, every)
         for i, block in enumerate(self.blocks):
             if i not in pruning.at:
@@ -247,8 +278,8 @@ class PrunedViT:
                 tokens = self.stages[s](tokens, *args)
                 tokens.x = self._block(block, tokens)
             else:  # the two halves of timm's `Block.forward`
-                x, bias = tokens.x, tokens.bias
-                tokens.x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
+                x, mask = tokens.x, tokens.mask
+                tokens.x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
                 tokens = self.stages[s](tokens, *args)
                 x = tokens.x
                 tokens.x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -258,8 +289,8 @@ class PrunedViT:
     def _block(self, block, tokens):
         listened = block.attn.qkv._forward_hooks  # recomputing such a block would call the stage's hook again
         if self.grad_checkpointing and torch.is_grad_enabled() and not listened:
-            return checkpoint(block, tokens.x, attn_mask=tokens.bias)
-        return block(tokens.x, attn_mask=tokens.bias)
+            return checkpoint(block, tokens.x, attn_mask=tokens.mask)
+        return block(tokens.x, attn_mask=tokens.mask)
 
     def _grid(self, images):
         """(rows, columns) of patches."""
@@ -297,16 +328,23 @@ class PrunedViT:
         raise RuntimeError("a pruned model has no feature maps: use tpbook.trace, or tpbook.unprune it first")
 
 
-@contextlib.contextmanager
 def fast_attention(model, images):
-    """While it lasts, attention is explicit where that trains faster: on a CPU in bfloat16, or autocast to it.
+    """A context in which attention is explicit where that trains faster: on a CPU in bfloat16, or autocast to it.
 
     The backward of timm's default there, the fused kernel, hardly gets cheaper with fewer tokens. Blocks that are
-    checkpointed keep theirs, since their recomputation comes later.
+    checkpointed keep theirs, since their recomputation comes later; and so do those that get a `KeepMask`, which has
+    its own.
     """
-    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-    slow = images.device.type == "cpu" and (half or images.dtype is torch.bfloat16) and not model.grad_checkpointing
-    changed = [block.attn for block in model.blocks if slow and getattr(block.attn, "fused_attn", False)]
+    blocks = model.blocks
+    if isinstance(model, PrunedViT) and model.training and model.pruning.method.score == "predictor":
+        blocks = blocks[: model.pruning.at[0] + (model.pruning.method.place == "between")]
+    slow = _half_on_cpu(images) is torch.bfloat16 and not model.grad_checkpointing
+    return _explicit_attention(blocks if slow else ())
+
+
+@contextlib.contextmanager
+def _explicit_attention(blocks):
+    changed = [block.attn for block in blocks if getattr(block.attn, "fused_attn", False)]
     for attn in changed:
         attn.fused_attn = False
     try:
@@ -314,6 +352,34 @@ def fast_attention(model, images):
     finally:
         for attn in changed:
             attn.fused_attn = True
+
+
+def _half_on_cpu(images):
+    """The half precision that attention will compute in, or None: on a GPU, or in float32."""
+    if images.device.type != "cpu":
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+@functools.cache
+def explicit_is_faster(dtype):
+    """Whether explicit attention is faster than the fused kernel by a tenth, on this CPU without gradients.
+
+    It depends on the processor (in bfloat16 one with AMX favours the fused kernel, others do not), so it is measured,
+    once a process.
+    """
+    q, k, v = torch.randn(3, 8, 6, 197, 64).to(dtype)  # DeiT-S, 8 images
+    seconds = {True: [], False: []}
+    for _ in range(7):
+        for explicit, times in seconds.items():
+            begun = time.perf_counter()
+            if explicit:
+                ((q * 0.125) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+            else:
+                F.scaled_dot_product_attention(q, k, v)
+            times.append(time.perf_counter() - begun)
+    return statistics.median(seconds[True]) < 0.9 * statistics.median(seconds[False])
 
 
 @functools.cache

@@ -17,48 +17,47 @@ import math
 
 import torch
 
-from .dynamicvit import drop
+from .dynamicvit import HIDDEN, drop
 
 
-def class_attention(attn, qkv, prefix, bias=None):
-    """One row of the attention matrix: how much the class token looks at each patch token.
+def class_attention(attn, qkv, keep=None):
+    """One row of the attention matrix: how much the class token, the first, looks at each token.
 
     Args:
         attn: the timm `Attention` that made `qkv`.
         qkv: (B, T, 3·H·D), the output of `attn.qkv`.
-        prefix: P, prefix tokens; the class token is the first of them.
-        bias: (B, 1, T, T) additive attention mask, or None.
+        keep: (B, T) mask of the tokens that count, or None for all.
 
     Returns:
-        (B, T − P) float32, the mean over heads.
+        (B, T) float32, the mean over heads; prefix tokens included.
     """
     q, k, _ = qkv.reshape(*qkv.shape[:2], 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    q, k = attn.q_norm(q[:, :, :1]), attn.k_norm(k)
-    row = (q * attn.scale) @ k.transpose(-2, -1)  # (B, H, 1, T)
-    if bias is not None:
-        row = row + bias[:, :, :1]
-    return row.float().softmax(dim=-1).mean(dim=1)[:, 0, prefix:]
+    q, k = attn.q_norm(q[:, :, :1]).float() * attn.scale, attn.k_norm(k).float()
+    row = q.flatten(0, 1).bmm(k.flatten(0, 1).transpose(1, 2)).view(*k.shape[:3])  # (B, H, T)
+    if keep is not None:
+        row = row + (keep + HIDDEN).log().unsqueeze(1)
+    return row.float().softmax(dim=-1).mean(dim=1)
 
 
 def fuse(x, kept, dropped, weights):
     """Keep the chosen tokens and append one that sums the others by their weight.
 
     Args:
-        x: (B, n, C) patch tokens.
+        x: (B, n, C) tokens.
         kept: (B, k) int64, positions in x.
-        dropped: (B, n − k) int64, the other positions.
+        dropped: (B, p) int64, positions in x.
         weights: (B, n), a.
 
     Returns:
-        (B, k + 1, C): the kept tokens in the order of `kept`, the fused one last; (B, k, C) where none is dropped.
+        (B, k + 1, C): the kept tokens in the order of `kept`, the fused one last; (B, k, C) where p = 0.
     """
     fused = weighted_sum(drop(x, dropped), drop(weights, dropped))[:, : dropped.shape[1]]
     return torch.cat([drop(x, kept), fused], dim=1)
 
 
 def weighted_sum(x, weights):
-    """x_f = Σ_i a_i x_i: (B, p, C) tokens and (B, p) weights to (B, 1, C)."""
-    return weights.unsqueeze(1).to(x.dtype) @ x
+    """x_f = Σ_i a_i x_i, in float32: (B, p, C) tokens and (B, p) weights to (B, 1, C)."""
+    return (weights.unsqueeze(1) @ x.float()).to(x.dtype)
 
 
 def keep_rate(epoch, ratio, start, length):

@@ -26,7 +26,7 @@ import io
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from .tps import SIMILARITIES, fuse_guests
 from .tracing import trace
 
 WEIGHTS = ("float32", "float16")
+OPSET = 17
 BASE = 10_000  # a ratio is read as so many ten-thousandths
 LARGE = 1024  # bytes from which a tensor counts as weights in `split`; float16 stores those as halves
 
@@ -147,7 +148,8 @@ class ExportedViT:
         """Images (B, C, H, W), keep_ratio (S,) and random (B, S, N) → logits, S tensors kept, S or no tensors host."""
         if keep_ratio is not None:
             ratios = keep_ratio * torch.ones(len(self.stages))  # (S,)
-            self._pruning = _Pruning(**{**vars(self._pruning), "keep_ratio": ratios})
+            given = {f.name: getattr(self._pruning, f.name) for f in fields(Pruning) if f.init}
+            self._pruning = _Pruning(**{**given, "keep_ratio": ratios})
             for s, stage in enumerate(self.stages):
                 stage.draws = None if random is None else random[:, s]  # (B, N)
         with trace(self) as t:
@@ -172,9 +174,10 @@ class _Stage(Stage):
     def keeps_all(self, kept, n):
         return False
 
-    def rank(self, scores, kept):
+    def choose(self, scores, kept):
         order = scores.argsort(dim=1, descending=not self.invert)  # (B, n); ONNX too puts the earlier token first
-        return torch.where(kept < scores.shape[1], order, torch.arange(scores.shape[1]))
+        order = torch.where(kept < scores.shape[1], order, torch.arange(scores.shape[1]))
+        return order[:, :kept], order[:, kept:]
 
     def squeeze(self, kept, pruned):
         guests = torch.cat([pruned, kept[:, :1]], dim=1)  # one too many: ONNX Runtime's ReduceMax wants one at least
@@ -241,14 +244,21 @@ def _traced(model):
         with warnings.catch_warnings():
             for category in (torch.jit.TracerWarning, DeprecationWarning):  # those of a user's similarity function stay
                 warnings.filterwarnings("ignore", category=category, module=r"(timm|torch|tpbook)\b")
+            torch.onnx.register_custom_op_symbolic("aten::index_add", _index_add, OPSET)
             torch.onnx.export(
-                model, tuple(given), file, input_names=names, output_names=results, dynamic_axes=axes, opset_version=17,
+                model, tuple(given), file, input_names=names, output_names=results, dynamic_axes=axes,
                 do_constant_folding=False,  # so tensors keep the names of the state dict; runtimes fold as they load
-                dynamo=False,
+                opset_version=OPSET, dynamo=False,
             )  # fmt: skip
     except Exception as error:  # the exporter's, and whatever the tracing of a user's function raises
         raise ValueError(f"model cannot be exported{similarity}: {error}") from error
     return file.getvalue()
+
+
+def _index_add(graph, x, dim, index, source, alpha):
+    """`x.index_add(0, index, source)` in ONNX; PyTorch's own translation forgets all but one of equal indices."""
+    one = graph.op("Constant", value_t=torch.tensor([1]))
+    return graph.op("ScatterND", x, graph.op("Unsqueeze", index, one), source, reduction_s="add")
 
 
 def _halve(graph, onnx):

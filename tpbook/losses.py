@@ -104,10 +104,10 @@ def dynamicvit(
     }
     if teacher_logits is not None:
         terms["logit_kl"] = _kl(logits, teacher_logits)
-        final = trace.decisions[-1]  # (B, N)
-        kept = final > 0.5
-        ours, theirs = trace.features[:, : final.shape[1]][kept], teacher_features[kept]  # (kept tokens, C) each
-        terms["token"] = F.mse_loss(ours.float(), theirs.float()) if token == "mse" else _kl(ours, theirs)
+        kept = (trace.decisions[-1] > 0.5).float()  # (B, N); a weight, since picking tokens by it would make a GPU wait
+        ours, theirs = trace.features[:, : kept.shape[1]].float(), teacher_features.float()  # (B, N, C) each
+        gap = (ours - theirs).square().mean(dim=-1) if token == "mse" else _kls(ours, theirs)  # (B, N)
+        terms["token"] = (gap * kept).sum() / kept.sum()
     terms["total"] = (
         terms["cls"] + ratio_weight * terms["ratio_sum"] / len(keep_ratios)
         + logit_weight * terms["logit_kl"] + token_weight * terms["token"]
@@ -122,5 +122,10 @@ def dtps(*args, **kwargs):
 
 def _kl(student, teacher):
     """KL(softmax teacher ‖ softmax student) over the last dimension, mean over rows."""
+    return _kls(student, teacher).mean()
+
+
+def _kls(student, teacher):
+    """The same for each row: (…, C) and (…, C) → (…)."""
     student, teacher = F.log_softmax(student.float(), dim=-1), F.log_softmax(teacher.float(), dim=-1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)

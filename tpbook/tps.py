@@ -15,18 +15,20 @@ Chapter: :doc:`/book/tps`
 import math
 
 import torch
+from torch.linalg import vector_norm
+
+from .dynamicvit import rows
 
 
 def cosine(x, y):
     """(B, p, C), (B, k, C) → (B, p, k) cosine of every pair, in [−1, 1]."""
-    x = x / (x.norm(dim=-1, keepdim=True) + 1e-6)
-    y = y / (y.norm(dim=-1, keepdim=True) + 1e-6)
-    return x @ y.transpose(-2, -1)
+    x = x / (vector_norm(x, dim=-1, keepdim=True) + 1e-6)  # before the product, which half precision could not hold
+    return x @ y.transpose(-2, -1) / (vector_norm(y, dim=-1) + 1e-6).unsqueeze(-2)
 
 
 def euclidean(x, y):
     """(B, p, C), (B, k, C) → (B, p, k): 1 − ‖x − y‖ / (‖x‖ + ‖y‖), in [0, 1]; 1 for equal tokens."""
-    scale = x.norm(dim=-1).unsqueeze(2) + y.norm(dim=-1).unsqueeze(1) + 1e-6
+    scale = vector_norm(x, dim=-1).unsqueeze(2) + vector_norm(y, dim=-1).unsqueeze(1) + 1e-6
     return 1 - torch.cdist(x, y) / scale
 
 
@@ -44,8 +46,9 @@ def squeeze(kept, pruned, similarity=cosine):
     Returns:
         (B, k, C) squeezed tokens and (B, p) int64 hosts, positions in `kept`.
     """
+    dtype, kept, pruned = kept.dtype, kept.float(), pruned.float()
     c, host = similarity(pruned, kept).max(dim=-1)  # (B, p) each
-    return fuse_guests(kept, pruned, c.float().exp(), host), host
+    return fuse_guests(kept, pruned, c.float().exp(), host).to(dtype), host
 
 
 def squeeze_masked(x, before, after, similarity=cosine):
@@ -63,17 +66,18 @@ def squeeze_masked(x, before, after, similarity=cosine):
     Returns:
         (B, n, C) tokens and (B, n) int64 hosts, positions in x (itself for tokens not pruned at this stage).
     """
+    dtype, x = x.dtype, x.float()
     c = similarity(x, x).masked_fill((after < 0.5).unsqueeze(1), float("-inf"))  # (B, n, n): columns that stay
     c, host = c.max(dim=-1)  # (B, n) each
     pruned = before * (1 - after)  # (B, n)
-    squeezed = fuse_guests(x, x, c.float().exp() * pruned, host)
+    squeezed = fuse_guests(x, x, c.float().exp() * pruned, host).to(dtype)
     itself = torch.arange(x.shape[1], device=x.device).expand_as(host)
     return squeezed, torch.where(pruned > 0.5, host, itself)
 
 
 def fuse_guests(kept, pruned, weight, host):
-    """y_j of the equation above, in float32: kept (B, k, C), pruned (B, p, C), weight and host (B, p) → (B, k, C)."""
-    total = torch.full_like(kept[:, :, 0], math.e, dtype=torch.float32).scatter_add(1, host, weight)  # Z (B, k)
-    guests = weight.unsqueeze(-1) * pruned.float()  # (B, p, C)
-    y = (math.e * kept.float()).scatter_add(1, host.unsqueeze(-1).expand_as(guests), guests)
-    return (y / total.unsqueeze(-1)).to(kept.dtype)
+    """y_j of the equation above: float32 kept (B, k, C), pruned (B, p, C), weight and host (B, p) → (B, k, C)."""
+    total = torch.full_like(kept[:, :, 0], math.e).scatter_add(1, host, weight)  # Z (B, k)
+    guests = (weight.unsqueeze(-1) * pruned).flatten(0, 1)  # (B·p, C)
+    y = (math.e * kept).flatten(0, 1).index_add_(0, rows(host, kept.shape[1]).flatten(), guests).view_as(kept)
+    return y / total.unsqueeze(-1)
