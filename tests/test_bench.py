@@ -42,9 +42,12 @@ def test_the_bound_has_the_pruned_models_token_counts(small, images, method):
     x = images(model)
     logits = model(x)
     pruned, seen[:] = list(seen), []
-    bound = bench.Sliced(model)(x)
+    bound = bench.Sliced(model)
+    assert not any(m._forward_hooks for m in bound.model.blocks[3].attn.modules())
+    assert bound.model.head.weight is model.head.weight and model.pruning.name == method
+    got = bound(x)
     assert seen == pruned
-    assert bound.shape == logits.shape and not torch.equal(bound, logits)
+    assert got.shape == logits.shape and not torch.equal(got, logits)
     model.keep_ratio = 1.0
     torch.testing.assert_close(bench.Sliced(model)(x), model(x))
 
@@ -80,12 +83,20 @@ def test_rows_of_a_run(tmp_path, capsys):
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
 
 
+def test_rows_of_training(capsys):
+    rows = bench.run(bench.Plan(model=TINY, mode="training", batch=2, keep_ratio=0.5, rounds=7, warmup=1))
+    assert [row["method"] for row in rows] == ["dense", *FOUR]
+    assert ["times_parts" in row for row in rows] == [False, True, False, True, True]
+    assert all(row["mode"] == "training" and row["ms"] > 0 for row in rows)
+    assert "× parts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["batch=0"], "batch must be an int of at least 1, got 0"),
         (["dtype=float8"], "dtype must be one of float32, bfloat16, float16, got 'float8'"),
-        (["mode=[eager,jit]"], "mode must be one of eager, compiled, graphs, got 'jit'"),
+        (["mode=[eager,jit]"], "mode must be one of eager, compiled, graphs, training, got 'jit'"),
         (["model=deit"], "model must be a timm model"),
         (["rho=0.5"], "key 'rho' is not known"),
         (["out=bench.csv"], "out must end in .json, got 'bench.csv'"),

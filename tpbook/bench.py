@@ -3,6 +3,7 @@
     python -m tpbook.bench                                            # DeiT-Ti: four methods, three ρ, batch 1 and 8
     python -m tpbook.bench model=deit_small_patch16_224 batch=[8,32] dtype=[float32,bfloat16] out=bench.json
     python -m tpbook.bench method=[evit] keep_ratio=[0.7] image_size=[224,384,512] mode=[eager,compiled]
+    python -m tpbook.bench mode=training batch=32 dtype=bfloat16      # whole training steps; half precision by autocast
 
 Every key takes one value or a list, and every combination is measured; `Plan` has them all. With `out=NAME.json` the
 rows are written there, with where and when they were measured, and drawn beside it as NAME.svg.
@@ -15,6 +16,7 @@ What is compared runs in one process, in turn, in a new order each round. Of the
                                           (`Sliced`), with fused or explicit attention, whichever is faster; in
                                           eager mode
     × eager       t(eager) / t(pruned)    of a compiled model
+    × parts       t(pruned) / t(parts)    of a training step that distils: a dense step, and the teacher's forward
 
 Weights are random: no time here depends on them.
 
@@ -22,6 +24,7 @@ Chapter: :doc:`/book/speed`
 """
 
 import copy
+import functools
 import os
 import sys
 import time
@@ -32,15 +35,20 @@ from pathlib import Path
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from scipy.stats import quantile_test
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from . import results
-from .engine import prune
+from . import results, train
+from .engine import prune, unprune
+from .recipes import PRECISIONS, Recipe
 
+DISTILLING = ("dynamicvit", "dtps", "etps")  # whose recipes have a teacher
 DTYPES = ("float32", "bfloat16", "float16")
-MODES = ("eager", "compiled", "graphs")
+NAMES = {"times_dense": "× dense", "efficiency": "efficiency", "times_eager": "× eager", "times_parts": "× parts"}
+MODES = ("eager", "compiled", "graphs", "training")
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Plan:
     batch: tuple = (1, 8)
     dtype: tuple = ("float32",)  # of DTYPES: weights, input and arithmetic
     image_size: tuple = (0,)  # pixels; 0 is the model's own
-    mode: tuple = ("eager",)  # of MODES: torch.compile; "graphs", on a GPU, as CUDA graphs too
+    mode: tuple = ("eager",)  # of MODES: "compiled" by torch.compile, "graphs" as CUDA graphs too, "training" steps
     device: str = "cpu"
     threads: int = 0  # 0 leaves PyTorch's
     rounds: int = 30
@@ -134,16 +142,18 @@ class Sliced(nn.Module):
     At each stage the first n_s patch tokens stay, which is a slice; a learned score is computed and ignored.
 
     Args:
-        model: a model pruned by `tpbook.prune`, in eval mode. It is used, not copied.
+        model: a model pruned by `tpbook.prune`, in eval mode. It stays as it is; its parameters are shared.
     """
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        model = _copy(model)
+        self.pruning, self.score_predictor = model.pruning, getattr(model, "score_predictor", None)
+        self.model = unprune(model)  # nothing listens to its attention
 
     def forward(self, images):
         """(B, in_chans, H, W) → (B, classes)."""
-        model, pruning = self.model, self.model.pruning
+        model, pruning = self.model, self.pruning
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))  # (B, P + N, C)
         prefix = model.num_prefix_tokens
         counts = pruning.counts(x.shape[1] - prefix)
@@ -154,7 +164,7 @@ class Sliced(nn.Module):
             s = pruning.at.index(i)
             stay = prefix + counts[s].leave
             if pruning.method.score == "predictor":
-                model.score_predictor[s](x[:, prefix:])
+                self.score_predictor[s](x[:, prefix:])
             if pruning.method.place == "before":
                 x = block(x[:, :stay])
             else:
@@ -188,7 +198,8 @@ def run(plan, say=print):
         list of dicts, one for each model, image size, dtype, batch, mode and method ("dense", then the plan's for each
         ρ): "ms" (median), "images_per_second", "memory_mb" (eager), and as `times` gives them "times_dense",
         "efficiency", "times_eager", and of the dense model "times_explicit", fused against explicit attention;
-        "attention", the bound's; "load", the machine's load average before.
+        "attention", the bound's; "times_parts" of training steps that distil; "load", the machine's load average
+        before.
 
     Raises:
         ValueError, TypeError: a method, ρ or image size that the model cannot have.
@@ -204,49 +215,94 @@ def run(plan, say=print):
             images = torch.randn(batch, dense.in_chans, height, width).to(plan.device, getattr(torch, dtype))
             shared = {"model": name, "image_size": height, "dtype": dtype, "batch": batch}
             for i, ratio in enumerate(plan.keep_ratio if plan.method else (1.0,)):
-                rows += _group(plan, dense, images, ratio, shared, say)[i > 0 :]  # the dense row once
+                for measure, modes in ((_forwards, set(plan.mode) - {"training"}), (_training, {"training"})):
+                    if modes & set(plan.mode):
+                        measured = measure(plan, dense, images, ratio, shared)
+                        for row in measured:
+                            say(_line(row))
+                        rows += [row for row in measured if i == 0 or row["method"] != "dense"]  # the dense rows once
     return rows
 
 
 @torch.inference_mode()
-def _group(plan, dense, images, ratio, shared, say):
-    """Rows of what is interleaved: the dense model and every method at one ρ, in every mode."""
+def _forwards(plan, dense, images, ratio, shared):
+    """Rows of what takes turns: the dense model and every method at one ρ, in every mode but training."""
+    modes = [mode for mode in plan.mode if mode != "training"]
     pruned = {method: prune(_copy(dense), method, keep_ratio=ratio) for method in plan.method}
     every = {"dense": dense, **pruned}
-    models = {(mode, method): _in_mode(mode, model) for mode in plan.mode for method, model in every.items()}
-    if "eager" in plan.mode:
-        for method, attention in product(every, ("fused", "explicit")):
-            yardstick = dense if method == "dense" else Sliced(pruned[method])
-            models["eager", method, attention] = _with_attention(yardstick, attention)
+    models = {(mode, method): _in_mode(mode, model) for mode in modes for method, model in every.items()}
+    if "eager" in modes:
+        models["eager", "dense", "explicit"] = _with_attention(dense, "explicit")
+        for method, attention in product(pruned, ("fused", "explicit")):
+            models["eager", method, attention] = _with_attention(Sliced(pruned[method]), attention)
     calls = {key: lambda model=model: model(images) for key, model in models.items()}
 
     load = os.getloadavg()[0]
     tried, faster = interleaved(calls, max(1, plan.warmup), 1, plan.device), {}
-    for method in pruned if "eager" in plan.mode else ():  # of each method's two bounds the faster one stays
+    for method in pruned if "eager" in modes else ():  # of each method's two bounds the faster one stays
         both = {attention: tried["eager", method, attention].median() for attention in ("fused", "explicit")}
         faster[method] = min(both, key=both.get)
         del calls["eager", method, max(both, key=both.get)]
     seconds = interleaved(calls, plan.rounds, 1, plan.device)
 
     rows = []
-    for mode, method in product(plan.mode, ("dense", *pruned)):
+    for mode, method in product(modes, ("dense", *pruned)):
         own = seconds[mode, method]
         row = {**shared, "mode": mode, "method": method, "keep_ratio": 1.0 if method == "dense" else ratio}
         row |= {"ms": 1e3 * own.median().item(), "images_per_second": len(images) / own.median().item()}
         if method != "dense":
             row["times_dense"] = times(own, seconds[mode, "dense"])
         elif mode == "eager":
-            row["times_explicit"] = times(seconds["eager", "dense", "fused"], seconds["eager", "dense", "explicit"])
+            row["times_explicit"] = times(own, seconds["eager", "dense", "explicit"])
         if mode == "eager":
             row["memory_mb"] = peak_memory(calls[mode, method], plan.device) / 1e6
             if method != "dense":
                 row["attention"] = faster[method]
                 row["efficiency"] = times(own, seconds["eager", method, faster[method]])
-        elif "eager" in plan.mode:
+        elif "eager" in modes:
             row["times_eager"] = times(own, seconds["eager", method])
         rows.append(row | {"rounds": plan.rounds, "load": round(load, 2)})
-        say(_line(rows[-1]))
     return rows
+
+
+def _training(plan, dense, images, ratio, shared):
+    """Rows of training steps, as `tpbook.train` takes them: loss terms, backward, optimiser. Weights are float32."""
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[shared["dtype"]]
+    AcceleratorState._reset_state()  # an earlier group may have had another precision
+    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=torch.device(plan.device).type == "cpu")
+    images, labels = images.float(), torch.randint(dense.num_classes, (len(images),), device=images.device)
+    teacher = copy.deepcopy(dense).float().requires_grad_(False)
+    calls = {"teacher": functools.partial(train.taught, accelerator, teacher, images)}
+    for method in ("dense", *plan.method):
+        distils = method in DISTILLING
+        recipe = Recipe(
+            model=shared["model"], method="" if method == "dense" else method, keep_ratio=ratio, precision=precision,
+            teacher="start" if distils else "", token_loss="kl" if method == "dtps" else "mse",
+        )  # fmt: skip
+        model = train.adapt(recipe, copy.deepcopy(dense).float()).to(images.device).train()
+        wrapped, optimizer = accelerator.prepare(model, train.optimizer_of(recipe, model))
+        given = (recipe, accelerator, wrapped, model, teacher if distils else None, images, labels)
+        calls[method] = functools.partial(_step, given, accelerator, optimizer)
+
+    load = os.getloadavg()[0]
+    seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
+    rows = []
+    for method in ("dense", *plan.method):
+        own = seconds[method]
+        row = {**shared, "mode": "training", "method": method, "keep_ratio": 1.0 if method == "dense" else ratio}
+        row |= {"ms": 1e3 * own.median().item(), "images_per_second": len(images) / own.median().item()}
+        if method != "dense":
+            row["times_dense"] = times(own, seconds["dense"])
+        if method in DISTILLING:
+            row["times_parts"] = times(seconds["dense"] + seconds["teacher"], own)
+        rows.append(row | {"rounds": plan.rounds, "load": round(load, 2)})
+    return rows
+
+
+def _step(given, accelerator, optimizer):
+    accelerator.backward(train.terms_of(*given)["total"])
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _copy(model):
@@ -272,7 +328,7 @@ def _in_mode(mode, model):
 def _line(row):
     """A row as it is printed."""
     line = "{model} {image_size} {dtype} batch {batch} {mode} {method:10} ρ {keep_ratio:<4} {ms:8.2f} ms".format(**row)
-    for key, name in (("times_dense", "× dense"), ("efficiency", "efficiency"), ("times_eager", "× eager")):
+    for key, name in NAMES.items():
         if key in row:
             line += f"   {name} {said(row[key])}"
     return line

@@ -167,23 +167,24 @@ def masked_attention(keep):
     return (g.float() + HIDDEN).log()
 
 
-def drop(x, kept):
+def drop(x, kept, first=0):
     """Keep the chosen tokens and drop the others.
 
     Args:
         x: (B, n, C) or (B, n).
         kept: (B, k) int64, positions in x.
+        first: the position in x from which `kept` counts; what is before it is dropped.
 
     Returns:
         (B, k, C) or (B, k), in the order of `kept`.
     """
     if x.dim() == 2:
-        return x.gather(1, kept)
-    return F.embedding(rows(kept, x.shape[1]), x.flatten(0, 1))  # a lookup copies whole tokens, a gather numbers
+        return x.gather(1, kept + first)
+    return F.embedding(rows(kept, x.shape[1], first), x.flatten(0, 1))  # a lookup copies whole tokens, a gather numbers
 
 
-def rows(index, n):
-    """Where tokens (B, k) of (B, n, …) are in the flattened (B·n, …): (B, k)."""
+def rows(index, n, first=0):
+    """Where tokens first + (B, k) of (B, n, …) are in the flattened (B·n, …): (B, k)."""
     if index.shape[0] == 1:
-        return index
-    return index + n * torch.arange(index.shape[0], device=index.device).unsqueeze(1)
+        return index + first
+    return index + torch.arange(first, first + index.shape[0] * n, n, device=index.device).unsqueeze(1)

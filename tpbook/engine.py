@@ -87,7 +87,7 @@ class Stage(nn.Module):
 
     def capture(self, module, args, qkv):
         """Forward hook on `source.qkv`: the row is scored from what attention computes anyway."""
-        self.qkv = qkv
+        self.__dict__["qkv"] = qkv  # past nn.Module, whose checks take microseconds
 
     def draw(self, batch, n, device, generator):
         """(B, n) random scores."""
@@ -126,7 +126,7 @@ class Stage(nn.Module):
         Returns:
             `Tokens` leaving the stage.
         """
-        qkv, self.qkv = self.qkv, None
+        qkv, self.__dict__["qkv"] = self.qkv, None
         x, score = tokens.x[:, prefix:], self.method.score  # (B, n, C)
         if score == "random":  # drawn whether needed or not, so that later draws do not depend on the ratio
             scores = self.draw(x.shape[0], x.shape[1], x.device, generator)
@@ -166,18 +166,17 @@ class Stage(nn.Module):
         x, patch, host = tokens.x, tokens.patch, tokens.host
         if patch is not None:
             patch = drop(patch, chosen)
-        kept = chosen + prefix  # (B, k) positions in x
-        if self.method.reduce == "drop":
-            x = drop(x, kept)
-        elif self.method.reduce == "fuse":
-            x = fuse(x, kept, others + prefix, attention)
-            if patch is not None:
-                patch = F.pad(patch, (0, x.shape[1] - patch.shape[1]), value=-1)  # the fused token's, if there is one
-        else:
-            x, guest_of = self.squeeze(drop(x, kept), drop(x, others + prefix))
+        if self.method.reduce == "fuse":
+            x = fuse(x, chosen, others, attention, prefix)
+            if patch is not None:  # −1 is the fused token's, if there is one
+                patch = F.pad(patch, (0, x.shape[1] - prefix - patch.shape[1]), value=-1)
+            return Tokens(x, patch, host)
+        kept = drop(x, chosen, prefix)
+        if self.method.reduce == "squeeze":
+            kept, guest_of = self.squeeze(kept, drop(x, others, prefix))
             if patch is not None:
                 host = _move(host, tokens.patch, others, drop(patch, guest_of))
-        return Tokens(torch.cat([tokens.x[:, :prefix], x], dim=1), patch, host)
+        return Tokens(torch.cat([x[:, :prefix], kept], dim=1), patch, host)
 
     def _sample(self, tokens, prefix, log_probs, attention):
         """Training of a learned method: every token stays, a mask says which of them count."""
@@ -235,6 +234,8 @@ class PrunedViT:
     def forward(self, images, attn_mask=None, is_causal=False):
         """Logits, in training and in eval mode: (B, in_chans, H, W) → (B, classes)."""
         tokens = self._run(images, attn_mask, is_causal)
+        if tokens.keep is None:
+            return self.forward_head(tokens.x)
         self._pool_keep = tokens.keep
         try:
             return self.forward_head(tokens.x)
@@ -287,9 +288,9 @@ class PrunedViT:
         return tokens
 
     def _block(self, block, tokens):
-        listened = block.attn.qkv._forward_hooks  # recomputing such a block would call the stage's hook again
-        if self.grad_checkpointing and torch.is_grad_enabled() and not listened:
-            return checkpoint(block, tokens.x, attn_mask=tokens.mask)
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            if not block.attn.qkv._forward_hooks:  # recomputing a block would call a stage's hook again
+                return checkpoint(block, tokens.x, attn_mask=tokens.mask)
         return block(tokens.x, attn_mask=tokens.mask)
 
     def _grid(self, images):

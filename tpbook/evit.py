@@ -2,7 +2,7 @@
 
 Between the attention and the MLP of each pruned block::
 
-    a = mean over heads of softmax(q_cls Kᵀ / √d), patch tokens only              `class_attention`
+    a = mean over heads of softmax(q_cls Kᵀ / √d), in float32                     `class_attention`
     the ⌈ρ·n⌉ tokens of the highest a stay, and x_f = Σ_{i dropped} a_i x_i       `fuse`
 
 a comes from a softmax over every token, the class token among them, so the weights of x_f sum to less than one:
@@ -39,20 +39,21 @@ def class_attention(attn, qkv, keep=None):
     return row.float().softmax(dim=-1).mean(dim=1)
 
 
-def fuse(x, kept, dropped, weights):
+def fuse(x, kept, dropped, weights, first=0):
     """Keep the chosen tokens and append one that sums the others by their weight.
 
     Args:
-        x: (B, n, C) tokens.
-        kept: (B, k) int64, positions in x.
-        dropped: (B, p) int64, positions in x.
-        weights: (B, n), a.
+        x: (B, P + n, C) tokens.
+        kept: (B, k) int64, positions among the n.
+        dropped: (B, p) int64, positions among the n.
+        weights: (B, P + n), a.
+        first: P, tokens that stay in any case.
 
     Returns:
-        (B, k + 1, C): the kept tokens in the order of `kept`, the fused one last; (B, k, C) where p = 0.
+        (B, P + k + 1, C): the first P, the kept tokens in the order of `kept`, the fused one; without that where p = 0.
     """
-    fused = weighted_sum(drop(x, dropped), drop(weights, dropped))[:, : dropped.shape[1]]
-    return torch.cat([drop(x, kept), fused], dim=1)
+    fused = weighted_sum(drop(x, dropped, first), drop(weights, dropped, first))[:, : dropped.shape[1]]
+    return torch.cat([x[:, :first], drop(x, kept, first), fused], dim=1)
 
 
 def weighted_sum(x, weights):

@@ -6,8 +6,8 @@ After the choice, with reserved tokens S^r and pruned tokens S^p (``TPSModule`` 
     Z_j = e + Σ_{i: host(i)=j} exp(c_ij)
     y_j = (e / Z_j) x_j + Σ_{i: host(i)=j} (exp(c_ij) / Z_j) x_i                             fusing
 
-A host weighs itself as if c_jj = 1, so never less than any guest. Every pruned token has one host, so the sums are
-gathers and scatters over hosts; the (n, n) mask of the paper is never built.
+A host weighs itself as if c_jj = 1, so never less than any guest. Every pruned token has one host, so the sums add rows
+to rows; the (n, n) mask of the paper is never built. All of it is float32, whatever the model's dtype.
 
 Chapter: :doc:`/book/tps`
 """

@@ -243,10 +243,7 @@ def _mix(*numbers):
 
 def terms_of(recipe, accelerator, wrapped, model, teacher, images, labels):
     """One forward of model and teacher, and the method's loss terms (`tpbook.losses`)."""
-    theirs = features = None
-    if teacher is not None:
-        with torch.no_grad(), accelerator.autocast(), fast_attention(teacher, images), trace(teacher) as t:
-            theirs, features = teacher(images), t.features
+    theirs, features = (None, None) if teacher is None else taught(accelerator, teacher, images)
     with accelerator.autocast(), fast_attention(model, images), trace(model) as traced:
         logits = wrapped(images)
     if recipe.method and model.pruning.method.score == "predictor":
@@ -256,6 +253,12 @@ def terms_of(recipe, accelerator, wrapped, model, teacher, images, labels):
             ratio_weight=recipe.ratio_weight, logit_weight=recipe.logit_weight, token_weight=recipe.token_weight,
         )  # fmt: skip
     return losses.classification(logits, labels, teacher_logits=theirs, logit_weight=recipe.logit_weight)
+
+
+def taught(accelerator, teacher, images):
+    """What there is to distil: the frozen teacher's logits (B, classes) and final patch tokens (B, N, C)."""
+    with torch.no_grad(), accelerator.autocast(), fast_attention(teacher, images), trace(teacher) as t:
+        return teacher(images), t.features
 
 
 # --------------------------------------------------------------------------------------------------------- the loop
