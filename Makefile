@@ -21,7 +21,7 @@ pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test serve clean results workflow row cost ledger matrix ablations
+.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -54,6 +54,19 @@ row: $(env)
 # MACs, parameters and speed ratios of the published settings (four minutes)
 cost: $(env)
 	$(bin)/python notebooks/run.py notebooks/cost-and-speed.ipynb $(again)/cost-and-speed.ipynb budget=full out=results
+
+# what the chapter on speed shows, each plan with its picture (half an hour on two quiet cores)
+bench := $(bin)/python -m tpbook.bench rounds=31
+speed := notebooks/results/speed
+tiny := deit_tiny_patch16_224
+small := deit_small_patch16_224
+speed: $(env)
+	$(bench) model=[$(tiny),$(small)] dtype=[bfloat16,float32] batch=[1,8] out=$(speed)/ratios.json
+	$(bench) model=$(tiny) mode=training keep_ratio=0.7 dtype=[float32,bfloat16] batch=32 out=$(speed)/training.json
+	$(bench) model=$(tiny) keep_ratio=0.5 dtype=[float32,bfloat16] mode=[eager,compiled] out=$(speed)/compiled.json
+	$(bench) model=[$(tiny),$(small),deit_base_patch16_224] method=evit keep_ratio=0.7 image_size=[224,384,512] batch=1 rounds=11 \
+		out=$(speed)/growth.json
+	$(bench) model=[$(tiny),$(small)] dtype=bfloat16 batch=32 out=$(speed)/ratios-32-bfloat16.json
 
 # the status of every claim, from book/claims.csv and the results
 ledger: $(env)

@@ -77,7 +77,8 @@ def status(out):
     ran = pd.DataFrame(ran).T.rename_axis("notebook")
     folder = TOP / "notebooks/results"
     committed = {}
-    for name in ("digits/matrix", "digits/ablations", "cost-and-speed"):
+    speed = [f"speed/{path.stem}" for path in sorted((folder / "speed").glob("*.json"))]
+    for name in ("digits/matrix", "digits/ablations", "cost-and-speed", *speed):
         made = json.loads((folder / f"{name}.json").read_text())
         committed[name] = {"rows": len(made["rows"]), "minutes": made.get("training_minutes"), **made["run"]}
     reduced = results.made(folder / "imagenette")

@@ -10,7 +10,7 @@ from conftest import FAMILIES
 
 import tpbook
 from tpbook.dynamicvit import KeepMask, masked_attention
-from tpbook.engine import fast_attention
+from tpbook.engine import explicit_is_faster, fast_attention
 
 LEARNED = ("dynamicvit", "dtps")
 NEEDS_CLASS_TOKEN = ("evit", "etps")
@@ -51,6 +51,36 @@ def test_fused_and_explicit_attention_agree(small, images, method):
     for block in model.blocks:
         block.attn.fused_attn = not block.attn.fused_attn
     torch.testing.assert_close(model(x), fused, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_explicit_attention_where_it_is_faster(small, images, monkeypatch):
+    """In half precision on a CPU, in eval mode, where a stage removes something; and never without being restored."""
+    asked, seen = [], []
+    monkeypatch.setattr("tpbook.engine.explicit_is_faster", lambda dtype: asked.append(dtype) or True)
+    model = tpbook.prune(small(), "evit", keep_ratio=0.5)
+    model.blocks[5].register_forward_hook(lambda block, args, out: seen.append(block.attn.fused_attn))
+    x = images(model)
+    fused = model(x)
+    assert seen == [True] and not asked
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x).float(), fused, atol=0.1, rtol=0.1)
+    assert seen == [True, False] and asked == [torch.bfloat16]
+    assert all(block.attn.fused_attn for block in model.blocks)
+    model, x = model.bfloat16(), x.bfloat16()
+    model(x)
+    model.keep_ratio = 1.0
+    model(x)
+    model.train()(x)
+    assert seen[2:] == [False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_measuring_attention_draws_nothing(dtype):
+    explicit_is_faster.cache_clear()
+    state = torch.get_rng_state()
+    assert explicit_is_faster(dtype) in (True, False)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("method", tpbook.METHODS)
