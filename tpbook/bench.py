@@ -65,7 +65,7 @@ class Plan:
     device: str = "cpu"
     threads: int = 0  # 0 leaves PyTorch's
     rounds: int = 30
-    warmup: int = 3  # rounds before these, which choose the bounds' attention
+    warmup: int = 3  # rounds before these
 
     def __post_init__(self):
         for field in fields(self):
@@ -238,13 +238,7 @@ def _forwards(plan, dense, images, ratio, shared):
     calls = {key: lambda model=model: model(images) for key, model in models.items()}
 
     load = os.getloadavg()[0]
-    tried, faster = interleaved(calls, max(1, plan.warmup), 1, plan.device), {}
-    for method in pruned if "eager" in modes else ():  # of each method's two bounds the faster one stays
-        both = {attention: tried["eager", method, attention].median() for attention in ("fused", "explicit")}
-        faster[method] = min(both, key=both.get)
-        del calls["eager", method, max(both, key=both.get)]
-    seconds = interleaved(calls, plan.rounds, 1, plan.device)
-
+    seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
     rows = []
     for mode, method in product(modes, ("dense", *pruned)):
         own = seconds[mode, method]
@@ -257,8 +251,9 @@ def _forwards(plan, dense, images, ratio, shared):
         if mode == "eager":
             row["memory_mb"] = peak_memory(calls[mode, method], plan.device) / 1e6
             if method != "dense":
-                row["attention"] = faster[method]
-                row["efficiency"] = times(own, seconds["eager", method, faster[method]])
+                bounds = {attention: seconds["eager", method, attention] for attention in ("fused", "explicit")}
+                row["attention"] = min(bounds, key=lambda attention: bounds[attention].median())
+                row["efficiency"] = times(own, bounds[row["attention"]])
         elif "eager" in modes:
             row["times_eager"] = times(own, seconds["eager", method])
         rows.append(row | {"rounds": plan.rounds, "load": round(load, 2)})

@@ -119,6 +119,7 @@ class MaskedSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, keep):
+        """P (B, H, T, T) and D (B, T) → Ã (B, H, T, T)."""
         dtype = torch.float32 if logits.dtype is torch.float16 else logits.dtype  # float16 has no 1e-20
         hidden = logits.to(torch.promote_types(dtype, torch.float32), copy=True)
         hidden += (keep + HIDDEN).log()[:, None, None, :]
@@ -131,6 +132,7 @@ class MaskedSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
+        """∂L/∂Ã → ∂L/∂P, ∂L/∂D."""
         attention, keep = ctx.saved_tensors
         gradient = torch._softmax_backward_data(gradient, attention, -1, attention.dtype)  # (B, H, T, T)
         own = _diagonal(gradient).clone()
