@@ -98,14 +98,13 @@ class Stage(nn.Module):
         return kept >= n
 
     def choose(self, scores, kept):
-        """(B, kept) positions of the tokens that stay, best first, and (B, n − kept) of the others where they are used.
+        """(B, n) positions of the tokens, best first; or of the `kept` best ones alone where the others are not used.
 
-        Of equal static scores, and there are many, the earlier token stays.
+        Of equal static scores, and there are many, the earlier token goes first.
         """
         if self.method.reduce == "drop" and self.method.score != "static":
-            return scores.topk(kept, largest=not self.invert).indices, None
-        order = scores.argsort(dim=1, descending=not self.invert, stable=self.method.score == "static")  # (B, n)
-        return order[:, :kept], order[:, kept:]
+            return scores.topk(kept, largest=not self.invert).indices
+        return scores.argsort(dim=1, descending=not self.invert, stable=self.method.score == "static")
 
     def squeeze(self, kept, pruned):
         """`tps.squeeze` by this stage's similarity."""
@@ -150,7 +149,7 @@ class Stage(nn.Module):
         if sampling:
             tokens = self._sample(tokens, prefix, log_probs, attention)
         elif reducing:
-            tokens = self._reduce(tokens, prefix, *self.choose(scores, kept), attention)
+            tokens = self._reduce(tokens, prefix, self.choose(scores, kept), kept, attention)
 
         if trace is not None:
             if tokens.keep is None:
@@ -161,22 +160,25 @@ class Stage(nn.Module):
                 trace.host.append(tokens.host)
         return tokens
 
-    def _reduce(self, tokens, prefix, chosen, others, attention):
-        """Remove tokens: chosen (B, k) and others (B, p) are positions among the patch tokens."""
+    def _reduce(self, tokens, prefix, order, kept, attention):
+        """Remove all but `kept` patch tokens, those that come first in `order` (B, n or kept)."""
         x, patch, host = tokens.x, tokens.patch, tokens.host
+        chosen, others = order[:, :kept], order[:, kept:]
         if patch is not None:
             patch = drop(patch, chosen)
         if self.method.reduce == "fuse":
-            x = fuse(x, chosen, others, attention, prefix)
+            x = fuse(x, order, kept, attention[:, prefix:], prefix)
             if patch is not None:  # −1 is the fused token's, if there is one
                 patch = F.pad(patch, (0, x.shape[1] - prefix - patch.shape[1]), value=-1)
             return Tokens(x, patch, host)
-        kept = drop(x, chosen, prefix)
-        if self.method.reduce == "squeeze":
-            kept, guest_of = self.squeeze(kept, drop(x, others, prefix))
+        if self.method.reduce == "drop":
+            left = drop(x, chosen, prefix)
+        else:
+            ordered = drop(x, order, prefix)  # (B, n, C)
+            left, guest_of = self.squeeze(ordered[:, :kept], ordered[:, kept:])
             if patch is not None:
                 host = _move(host, tokens.patch, others, drop(patch, guest_of))
-        return Tokens(torch.cat([x[:, :prefix], kept], dim=1), patch, host)
+        return Tokens(torch.cat([x[:, :prefix], left], dim=1), patch, host)
 
     def _sample(self, tokens, prefix, log_probs, attention):
         """Training of a learned method: every token stays, a mask says which of them count."""

@@ -39,21 +39,22 @@ def class_attention(attn, qkv, keep=None):
     return row.float().softmax(dim=-1).mean(dim=1)
 
 
-def fuse(x, kept, dropped, weights, first=0):
+def fuse(x, order, kept, weights, first=0):
     """Keep the chosen tokens and append one that sums the others by their weight.
 
     Args:
         x: (B, P + n, C) tokens.
-        kept: (B, k) int64, positions among the n.
-        dropped: (B, p) int64, positions among the n.
-        weights: (B, P + n), a.
+        order: (B, n) int64, positions among the n, those to keep before the others.
+        kept: k, how many are kept.
+        weights: (B, n), a.
         first: P, tokens that stay in any case.
 
     Returns:
-        (B, P + k + 1, C): the first P, the kept tokens in the order of `kept`, the fused one; without that where p = 0.
+        (B, P + k + 1, C): the first P, the kept tokens in their order, the fused one; without that where k = n.
     """
-    fused = weighted_sum(drop(x, dropped, first), drop(weights, dropped, first))[:, : dropped.shape[1]]
-    return torch.cat([x[:, :first], drop(x, kept, first), fused], dim=1)
+    ordered, others = drop(x, order, first), order[:, kept:]  # (B, n, C), (B, n − k)
+    fused = weighted_sum(ordered[:, kept:], drop(weights, others))[:, : others.shape[1]]
+    return torch.cat([x[:, :first], ordered[:, :kept], fused], dim=1)
 
 
 def weighted_sum(x, weights):

@@ -176,8 +176,7 @@ class _Stage(Stage):
 
     def choose(self, scores, kept):
         order = scores.argsort(dim=1, descending=not self.invert)  # (B, n); ONNX too puts the earlier token first
-        order = torch.where(kept < scores.shape[1], order, torch.arange(scores.shape[1]))
-        return order[:, :kept], order[:, kept:]
+        return torch.where(kept < scores.shape[1], order, torch.arange(scores.shape[1]))
 
     def squeeze(self, kept, pruned):
         guests = torch.cat([pruned, kept[:, :1]], dim=1)  # one too many: ONNX Runtime's ReduceMax wants one at least
