@@ -175,13 +175,13 @@ def drop(x, kept, first=0):
     Args:
         x: (B, n, C) or (B, n).
         kept: (B, k) int64, positions in x.
-        first: the position in x from which `kept` counts; what is before it is dropped.
+        first: the position in x, (B, n, C), from which `kept` counts; what is before it is dropped.
 
     Returns:
         (B, k, C) or (B, k), in the order of `kept`.
     """
     if x.dim() == 2:
-        return x.gather(1, kept + first)
+        return x.gather(1, kept)
     return F.embedding(rows(kept, x.shape[1], first), x.flatten(0, 1))  # a lookup copies whole tokens, a gather numbers
 
 

@@ -247,13 +247,12 @@ class PrunedViT:
     def _run(self, images, attn_mask, is_causal):
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask and is_causal must be left unset on a pruned model: its tokens get removed")
-        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # no measuring in there
-        half = None if self.training or recorded else _half_on_cpu(images)
-        # at ρ = 1 never: a stage that does nothing changes nothing
-        explicit = half is not None and min(self._pruning.ratios) < 1 and explicit_is_faster(half)
-        if explicit:
-            with _explicit_attention(self.blocks):
-                return self._through_blocks(images)
+        half = None if self.training else _half_on_cpu(images)
+        if half is not None and min(self._pruning.ratios) < 1:  # at ρ = 1 a stage that does nothing changes nothing
+            recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # no measuring in there
+            if not recorded and explicit_is_faster(half):
+                with _explicit_attention(self.blocks):
+                    return self._through_blocks(images)
         return self._through_blocks(images)
 
     def _through_blocks(self, images):
@@ -263,7 +262,8 @@ class PrunedViT:
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))  # (B, P + N, C)
         prefix = self.num_prefix_tokens
         patches = int(x.shape[1]) - prefix
-        counts = pruning.counts(patches)
+        learned = self.score_predictor if pruning.method.score == "predictor" else (None,) * len(pruning.at)
+        stages = dict(zip(pruning.at, zip(self.stages, pruning.counts(patches), learned)))
         static = static_scores(self._grid(images), x.device) if pruning.method.score == "static" else None
         generator = None if pruning.seed is None else torch.Generator(x.device).manual_seed(pruning.seed)
 
@@ -272,19 +272,18 @@ class PrunedViT:
             every = torch.arange(patches, device=x.device).expand(x.shape[0], -1)  # (B, N)
         tokens = Tokens(x, every, every)
         for i, block in enumerate(self.blocks):
-            if i not in pruning.at:
+            if i not in stages:
                 tokens.x = self._block(block, tokens)
                 continue
-            s = pruning.at.index(i)
-            predictor = self.score_predictor[s] if pruning.method.score == "predictor" else None
-            args = (prefix, counts[s].kept, predictor, static, generator, trace)
+            stage, count, predictor = stages[i]
+            args = (prefix, count.kept, predictor, static, generator, trace)
             if pruning.method.place == "before":
-                tokens = self.stages[s](tokens, *args)
+                tokens = stage(tokens, *args)
                 tokens.x = self._block(block, tokens)
             else:  # the two halves of timm's `Block.forward`
                 x, mask = tokens.x, tokens.mask
                 tokens.x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=mask)))
-                tokens = self.stages[s](tokens, *args)
+                tokens = stage(tokens, *args)
                 x = tokens.x
                 tokens.x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
         tokens.x = self.norm(tokens.x)
@@ -360,7 +359,7 @@ def _explicit_attention(blocks):
 
 def _half_on_cpu(images):
     """The half precision that attention will compute in, or None: on a GPU, or in float32."""
-    if images.device.type != "cpu":
+    if not images.is_cpu:
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else images.dtype
     return dtype if dtype in (torch.bfloat16, torch.float16) else None

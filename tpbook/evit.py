@@ -59,7 +59,7 @@ def fuse(x, order, kept, weights, first=0):
 
 def weighted_sum(x, weights):
     """x_f = Σ_i a_i x_i, in float32: (B, p, C) tokens and (B, p) weights to (B, 1, C)."""
-    return (weights.unsqueeze(1) @ x.float()).to(x.dtype)
+    return weights.unsqueeze(1).bmm(x.float()).to(x.dtype)
 
 
 def keep_rate(epoch, ratio, start, length):
