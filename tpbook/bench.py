@@ -242,8 +242,7 @@ def _forwards(plan, dense, images, ratio, shared):
     rows = []
     for mode, method in product(modes, ("dense", *pruned)):
         own = seconds[mode, method]
-        row = {**shared, "mode": mode, "method": method, "keep_ratio": 1.0 if method == "dense" else ratio}
-        row |= {"ms": 1e3 * own.median().item(), "images_per_second": len(images) / own.median().item()}
+        row = _row(plan, shared, mode, method, ratio, own, load)
         if method != "dense":
             row["times_dense"] = times(own, seconds[mode, "dense"])
         elif mode == "eager":
@@ -256,8 +255,17 @@ def _forwards(plan, dense, images, ratio, shared):
                 row["efficiency"] = times(own, bounds[row["attention"]])
         elif "eager" in modes:
             row["times_eager"] = times(own, seconds["eager", method])
-        rows.append(row | {"rounds": plan.rounds, "load": round(load, 2)})
+        rows.append(row)
     return rows
+
+
+def _row(plan, shared, mode, method, ratio, seconds, load):
+    """What every row says."""
+    return {
+        **shared, "mode": mode, "method": method, "keep_ratio": 1.0 if method == "dense" else ratio,
+        "ms": 1e3 * seconds.median().item(), "images_per_second": shared["batch"] / seconds.median().item(),
+        "rounds": plan.rounds, "load": round(load, 2),
+    }  # fmt: skip
 
 
 def _training(plan, dense, images, ratio, shared):
@@ -284,13 +292,12 @@ def _training(plan, dense, images, ratio, shared):
     rows = []
     for method in ("dense", *plan.method):
         own = seconds[method]
-        row = {**shared, "mode": "training", "method": method, "keep_ratio": 1.0 if method == "dense" else ratio}
-        row |= {"ms": 1e3 * own.median().item(), "images_per_second": len(images) / own.median().item()}
+        row = _row(plan, shared, "training", method, ratio, own, load)
         if method != "dense":
             row["times_dense"] = times(own, seconds["dense"])
         if method in DISTILLING:
             row["times_parts"] = times(seconds["dense"] + seconds["teacher"], own)
-        rows.append(row | {"rounds": plan.rounds, "load": round(load, 2)})
+        rows.append(row)
     return rows
 
 
