@@ -55,7 +55,7 @@ row: $(env)
 cost: $(env)
 	$(bin)/python notebooks/run.py notebooks/cost-and-speed.ipynb $(again)/cost-and-speed.ipynb budget=full out=results
 
-# what the chapter on speed shows, each plan with its picture (half an hour on two quiet cores)
+# what the chapter on speed shows, each plan with its picture (75 minutes on two quiet cores)
 bench := $(bin)/python -m tpbook.bench rounds=31
 speed := notebooks/results/speed
 tiny := deit_tiny_patch16_224
@@ -66,7 +66,7 @@ speed: $(env)
 	$(bench) model=$(tiny) keep_ratio=0.5 dtype=[float32,bfloat16] mode=[eager,compiled] out=$(speed)/compiled.json
 	$(bench) model=[$(tiny),$(small),deit_base_patch16_224] method=evit keep_ratio=0.7 image_size=[224,384,512] batch=1 rounds=11 \
 		out=$(speed)/growth.json
-	$(bench) model=[$(tiny),$(small)] dtype=bfloat16 batch=32 out=$(speed)/ratios-32-bfloat16.json
+	$(bench) model=[$(tiny),$(small)] dtype=[bfloat16,float32] batch=32 out=$(speed)/ratios-32.json
 
 # the status of every claim, from book/claims.csv and the results
 ledger: $(env)
