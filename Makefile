@@ -2,6 +2,9 @@
 PYTHON ?= python3
 TPBOOK_DATA ?= ../shared/data
 TPBOOK_WEIGHTS ?= ../shared/weights
+ifneq ($(words $(CURDIR)) $(words $(TPBOOK_DATA)) $(words $(TPBOOK_WEIGHTS)),1 1 1)
+$(error make cannot work where a path has a space in it: $(CURDIR), TPBOOK_DATA=$(TPBOOK_DATA), TPBOOK_WEIGHTS=$(TPBOOK_WEIGHTS))
+endif
 # absolute, since notebooks run in their own folder
 override TPBOOK_DATA := $(abspath $(TPBOOK_DATA))
 override TPBOOK_WEIGHTS := $(abspath $(TPBOOK_WEIGHTS))
@@ -15,8 +18,7 @@ bin := .venv/bin
 out := _build/$(PROFILE)
 notebooks := $(wildcard notebooks/*.ipynb)
 executed := $(notebooks:%=$(out)/%)
-package := $(wildcard tpbook/*.py tpbook/weights/* tpbook/javascript/*)
-inputs := book/claims.csv book/ledger.csv book/imagenet.md notebooks/ledger.py $(wildcard recipes/*/*.yaml notebooks/results/*.json notebooks/results/*/*.json)
+package := $(shell find tpbook -type f -not -path '*/__pycache__/*')
 pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
@@ -86,8 +88,28 @@ $(env): requirements.txt constraints.txt pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(inputs) $(package) $(env)
-	$(bin)/python notebooks/run.py $< $@ profile=$(PROFILE) out=../$(out)/results
+# what a notebook writes is in a folder of its name, and goes with it
+$(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(package) $(env)
+	rm -rf $(out)/results/$*
+	$(bin)/python notebooks/run.py $< $@ profile=$(PROFILE) out=../$(out)/results/$*
+
+# what each of them reads besides; tests/test_make.py compares this with their cells
+read_by = $(1:%=$(out)/notebooks/%.ipynb)
+matrix := notebooks/results/digits/matrix.json
+ablations := notebooks/results/digits/ablations.json
+rows := $(wildcard notebooks/results/imagenette/*.json)
+costs := notebooks/results/cost-and-speed.json
+claims := book/claims.csv notebooks/ledger.py
+$(call read_by,all-together dynamicvit evit masked-fine-tuning questions robustness tps ledger): $(matrix)
+$(call read_by,dynamicvit questions robustness ledger): $(ablations)
+$(call read_by,dynamicvit evit masked-fine-tuning questions reproduction robustness tps ledger): $(rows)
+$(call read_by,robustness speed ledger): $(costs)
+$(call read_by,speed): $(wildcard notebooks/results/speed/*.json)
+$(call read_by,cost-and-speed imagenet ledger questions where-the-cost-is): $(claims)
+$(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
+$(call read_by,imagenet): book/imagenet.md
+$(call read_by,questions): notebooks/pooling.py $(wildcard tests/fixtures/*)
+$(call read_by,all-together dynamicvit evit imagenet masked-fine-tuning one-training paper-and-code robustness tps): $(wildcard recipes/*/*.yaml)
 
 # what pages load, pinned and checksummed in book/javascript
 $(javascript): book/javascript/package.json book/javascript/package-lock.json

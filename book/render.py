@@ -17,7 +17,7 @@ import pack
 import pandas as pd
 import yaml
 
-from tpbook import results
+from tpbook.book import cost, results
 
 TOP = Path(__file__).parent.parent
 
@@ -27,15 +27,15 @@ def lay_out(out):
     site = out / "site"
     shutil.rmtree(site, ignore_errors=True)
     sources = {path: path.relative_to(TOP) for path in (TOP / "book").rglob("*") if path.is_file()}
-    for pattern in ("tpbook/*.py", "recipes/*/*.yaml"):  # shown in the chapters
+    for pattern in ("tpbook/**/*.py", "recipes/*/*.yaml"):  # shown in the chapters
         sources |= {path: path.relative_to(TOP) for path in TOP.glob(pattern)}
     for name in ("explorer.js", "explorer.css"):  # the page's explorer is the one that Jupyter shows
-        sources[TOP / "tpbook/javascript" / name] = Path("book/static") / name
+        sources[TOP / "tpbook/book/javascript" / name] = Path("book/static") / name
     sources[TOP / "_toc.yml"] = Path("_toc.yml")
-    for folder in ("notebooks", "results"):
-        sources |= {path: path.relative_to(out) for path in (out / folder).iterdir() if path.suffix in KEEP}
+    sources |= {path: Path("notebooks") / path.name for path in executed(out)}
+    sources |= {path: Path("results") / path.name for path in written(out)}
     config = yaml.safe_load((TOP / "_config.yml").read_text())
-    config["parse"]["myst_substitutions"] = numbers(out / "results") | {"status": status(out)}
+    config["parse"]["myst_substitutions"] = numbers(written(out)) | {"status": status(out)}
     if config["repository"]["url"]:
         config["html"] |= {"use_repository_button": True, "use_issues_button": True}
         config["launch_buttons"] |= {"binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"}
@@ -44,7 +44,7 @@ def lay_out(out):
         for path in (modules / "mathjax/es5/tex-svg.js", modules / "mathjax/LICENSE"):
             sources[path] = Path("javascript/mathjax") / path.name
         pack.runtime(modules / "onnxruntime-web", site / "javascript")
-        pack.models((out / "results/models").glob("*.onnx"), site / "javascript")
+        pack.models((out / "results/explorer/models").glob("*.onnx"), site / "javascript")
         sphinx["html_static_path"].append("javascript")
         sphinx["mathjax_path"] = "mathjax/tex-svg.js"
     else:
@@ -53,22 +53,31 @@ def lay_out(out):
     for source, target in sources.items():
         (site / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, site / target)
+    (site / "book/static/rules.js").write_text(cost.script(), encoding="utf-8")
     (site / "_config.yml").write_text(yaml.safe_dump(config, allow_unicode=True))
     return site
 
 
-KEEP = {".ipynb", ".json", ".svg", ".jpg", ".html"}
+def executed(out):
+    """The executed copies of the notebooks that there are; what a renamed or killed one left beside them is no part."""
+    return [out / "notebooks" / path.name for path in sorted((TOP / "notebooks").glob("*.ipynb"))]
 
 
-def numbers(folder):
+def written(out):
+    """What those notebooks wrote, each to a folder of its own, for the pages."""
+    files = [path for notebook in executed(out) for path in sorted((out / "results" / notebook.stem).glob("*.*"))]
+    return [path for path in files if path.suffix in {".json", ".svg", ".jpg", ".html"}]
+
+
+def numbers(files):
     """What pages may say: one name for each JSON, with its contents."""
-    return {path.stem.replace("-", "_"): json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.stem.replace("-", "_"): json.loads(path.read_text()) for path in files if path.suffix == ".json"}
 
 
 def status(out):
     """What ran for this copy, when, for how long and on what; and so of the committed results. For `book/status.md`."""
     ran, profile = {}, ""
-    for path in sorted((out / "notebooks").glob("*.ipynb")):
+    for path in executed(out):
         papermill = nbformat.read(path, as_version=4).metadata.papermill
         profile = papermill.parameters.profile
         ran[f"[{path.stem}](../notebooks/{path.name})"] = {
@@ -94,10 +103,29 @@ def status(out):
     }  # fmt: skip
 
 
+def share_pictures(html):
+    """Keep once what a page and a notebook both show: Sphinx copies a notebook's pictures under names of their own."""
+    first, again = {}, {}  # contents → file; name of a copy → name of the file
+    for path in sorted((html / "_images").iterdir(), key=lambda path: (len(path.name), path.name)):
+        kept = first.setdefault(path.read_bytes(), path)
+        if kept is not path:
+            again[path.name] = kept.name
+            path.unlink()
+    for page in html.glob("*/*.html"):
+        text = page.read_text()
+        if shown := [name for name in again if name in text]:
+            for name in shown:
+                text = text.replace(f"_images/{name}", f"_images/{again[name]}")
+            page.write_text(text)
+
+
 if __name__ == "__main__":
     site = lay_out(Path(sys.argv[1]).resolve())
     command = [Path(sys.executable).with_name("jupyter-book"), "build", site, "-W", "-n", "--keep-going", "--quiet"]
     code = subprocess.run(command).returncode
-    for path in (site / "_build/html/_static").rglob("*.map"):  # for debuggers of the theme; a sixth of the site
-        path.unlink()
+    for pattern in ("*.map", "*.ttf"):  # for debuggers of the theme, and for browsers that know no .woff2 beside it
+        for path in (site / "_build/html/_static").rglob(pattern):
+            path.unlink()
+    if code == 0:
+        share_pictures(site / "_build/html")
     sys.exit(code)

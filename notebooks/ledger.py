@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tpbook import METHODS, plots, results
+from tpbook import METHODS
+from tpbook.book import plots, results
 
 TOP = Path(__file__).resolve().parent.parent
 CLAIMS, LEDGER, RESULTS = TOP / "book" / "claims.csv", TOP / "book" / "ledger.csv", TOP / "notebooks" / "results"

@@ -21,8 +21,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the w
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from tpbook import data, load_backbone, prune, results, train, unmask  # noqa: E402
+from pooling import POOLING  # noqa: E402
+from tpbook import data, load_backbone, prune, register, train, unmask  # noqa: E402
+from tpbook.book import results  # noqa: E402
 
+register("pooling", POOLING)
 TOP = Path(__file__).parent.parent
 RECIPES = TOP / "recipes" / "digits"
 SEEDS, RATIOS = (0, 1, 2), (0.7, 0.5, 0.3)
@@ -140,7 +143,7 @@ ABLATIONS = {
     "select: random": {"options": {"score": "random"}},
     "select: static": {"options": {"score": "static"}},
     "select: class attention": {"options": {"score": "class_attention"}},
-    "select: pooling": {"method": "", "pool_at": 6},
+    "select: pooling": {"method": "pooling", "at": [6], "keep_ratio": 0.25},
     "stages: 1": {"at": [3], "keep_ratio": 0.25},
     "stages: 2": {"at": [3, 6], "keep_ratio": 0.6},
     "loss: no logits": {"logit_weight": 0.0},
@@ -152,7 +155,7 @@ ABLATIONS = {
 def ablations(folder):
     wave = []
     for seed, (name, changes) in itertools.product(SEEDS, ABLATIONS.items()):
-        if changes.get("options") or changes.get("method") == "":  # nothing learns at the predictors' rate
+        if changes.get("options") or "method" in changes:  # nothing learns at the predictors' rate
             changes = {**changes, "lr": 1e-4, "backbone_lr_scale": 1.0}
         wave.append((fit, folder / "ablations", (seed, name, "dynamicvit", 0.7), "dynamicvit", {"seed": seed, **changes}))
     return run([wave])

@@ -1,5 +1,6 @@
 import os
 import shutil
+import types
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,7 +33,12 @@ def official():
         if name == "evit_drop":
             fuse = load_file(HERE / "fixtures" / "evit_fuse.safetensors")
             tensors |= {k: v for k, v in fuse.items() if k.startswith("model.")}
-        return tensors | (load_file(HERE / "fixtures" / "images.safetensors") if name != "tps_squeeze" else {})
+        if name != "tps_squeeze":
+            tensors |= load_file(HERE / "fixtures" / "images.safetensors")
+        if name == "dynamicvit":  # whose training forward saw two images
+            tensors |= load_file(HERE / "fixtures" / "dynamicvit_train.safetensors")
+            tensors["train.images"] = torch.cat([tensors["images"], tensors["train.second_image"]])
+        return tensors
 
     return load
 
@@ -80,6 +86,25 @@ def images():
         return torch.randn(batch, model.in_chans, *size)
 
     return make
+
+
+def held(thing, path="model"):
+    """Every tensor that a module, or an object it refers to, holds: id → where. Two equal ones: nothing was kept."""
+    found, seen, todo = {}, set(), [(path, thing)]
+    while todo:
+        path, thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.ModuleType, types.FunctionType, str, bytes)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            found[id(thing)] = path
+        elif isinstance(thing, dict):
+            todo += [(f"{path}[{key!r}]", value) for key, value in thing.items()]
+        elif isinstance(thing, (list, tuple, set, frozenset)):
+            todo += [(f"{path}[{i}]", value) for i, value in enumerate(thing)]
+        else:
+            todo += [(f"{path}.{key}", value) for key, value in getattr(thing, "__dict__", {}).items()]
+    return found
 
 
 # ---- in a browser

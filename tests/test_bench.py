@@ -6,9 +6,11 @@ import time
 import pytest
 import timm
 import torch
+from builders import BUILDERS, answer
 
 import tpbook
-from tpbook import bench
+from tpbook import bench, plan
+from tpbook.methods.parts import Method, Score
 
 TINY = "test_vit"  # timm's smallest, 160 px
 FOUR = ("dynamicvit", "evit", "dtps", "etps")
@@ -32,9 +34,25 @@ def test_times_is_a_median_of_pairs_with_its_interval():
     assert bench.said([1.5, 1.25, 1.755]) == "1.50 [1.25, 1.75]"
 
 
+def test_few_rounds_have_no_interval():
+    five = torch.arange(1.0, 6.0).double()
+    assert bench.times(torch.ones(5).double(), five) == [3, None, None] and bench.said([3.0, None, None]) == "3.00"
+    six = bench.times(torch.ones(6).double(), torch.arange(1.0, 7.0).double())
+    assert six == [3.5, 1, 6]
+
+
+@pytest.mark.parametrize("device, waited", [("cuda:1", "cuda:1"), ("mps", "mps"), ("cpu", None)])
+def test_the_device_that_computes_is_waited_for(monkeypatch, device, waited):
+    seen = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: seen.append(device))
+    bench.interleaved({"a": lambda: seen.append("a")}, rounds=2, warmup=0, device=device)
+    wait = [] if waited is None else [torch.device(waited)]
+    assert seen == 2 * [*wait, "a", *wait]
+
+
 @pytest.mark.parametrize("method", FOUR)
 @torch.no_grad()
-def test_the_bound_has_the_pruned_models_token_counts(small, images, method):
+def test_the_bound_has_the_pruned_models_token_counts(small, images, method, monkeypatch):
     model = tpbook.prune(small(depth=12), method, keep_ratio=0.6)
     seen = []
     for block in model.blocks:
@@ -42,14 +60,45 @@ def test_the_bound_has_the_pruned_models_token_counts(small, images, method):
     x = images(model)
     logits = model(x)
     pruned, seen[:] = list(seen), []
-    bound = bench.Sliced(model)
-    assert not any(m._forward_hooks for m in bound.model.blocks[3].attn.modules())
-    assert bound.model.head.weight is model.head.weight and model.pruning.name == method
-    got = bound(x)
+    bound = bench.sliced(model)
+    assert bound.head.weight is model.head.weight and bound.pruning.name == model.pruning.name == method
+    scored = []
+    for predictor in getattr(bound, "score_predictor", ()):
+        predictor.register_forward_hook(lambda module, args, out: scored.append(out.shape[1]))
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "AttentionMask", None)  # nothing listens to its attention, and nothing is sorted
+        for name in ("argsort", "topk", "sort"):
+            patch.setattr(torch.Tensor, name, None)
+        got = bound(x)
     assert seen == pruned
+    learned = model.pruning.method.score.learned
+    assert scored == ([count.enter for count in model.pruning.counts(36)] if learned else [])
     assert got.shape == logits.shape and not torch.equal(got, logits)
     model.keep_ratio = 1.0
-    torch.testing.assert_close(bench.Sliced(model)(x), model(x))
+    torch.testing.assert_close(bench.sliced(model)(x), model(x))
+
+
+class First(Score):
+    """The earlier a token is, the better."""
+
+    name, words = "first", "score: the order"
+
+    def __call__(self, call):
+        batch, n = call.x.shape[:2]
+        return -torch.arange(n, device=call.x.device).float().expand(batch, -1)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@torch.no_grad()
+def test_the_bound_is_the_model_that_keeps_the_first_tokens(name, monkeypatch):
+    """In every family: as many tokens at the same places, each with its own position."""
+    monkeypatch.setitem(tpbook.METHODS, "first", Method(First(), "drop", "before", "ceil", "none"))
+    model, x = BUILDERS[name]()
+    dense = answer(model, x)
+    tpbook.prune(model, "first", keep_ratio=0.6, at=(1, 2))
+    got = answer(bench.sliced(model), x)
+    torch.testing.assert_close(got, answer(model, x), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got, dense, atol=1e-3)
 
 
 def test_memory_counts_what_is_held_at_once():
@@ -91,6 +140,64 @@ def test_rows_of_training(capsys):
     assert "× parts" in capsys.readouterr().out
 
 
+def test_another_family_at_another_size_with_a_ratio_a_stage(tmp_path, capsys):
+    out, name = tmp_path / "bench.json", "eva02_tiny_patch14_224"
+    words = [f"model={name}", "image_size=56", "batch=1", "method=[dynamicvit,random]", "warmup=0", "rounds=2"]
+    bench.main([*words, "keep_ratio=[[0.9,0.5,0.5],0.5]", f"out={out}"])
+    said, rows = capsys.readouterr().out, json.loads(out.read_text())["rows"]
+    assert [row["keep_ratio"] for row in rows] == [1.0, [0.9, 0.5, 0.5], [0.9, 0.5, 0.5], 0.5, 0.5]
+    assert all(row["image_size"] == 56 and row["ms"] > 0 for row in rows) and "ρ 0.9, 0.5, 0.5 " in said
+    assert all(row["efficiency"][0] > 0 and row["efficiency"][1:] == [None, None] for row in rows[1:])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.svg"]
+
+
+def test_all_of_a_plan_is_checked_before_anything_is_timed(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "forwards", None)
+    out = tmp_path / "bench.json"
+    for word, message in (
+        ("keep_ratio=[0.5,1.5]", r"keep_ratio must lie in \(0, 1\], got 1.5"),
+        ("keep_ratio=[0.5,[0.5,0.7]]", r"one for each of 3 stages, got \(0.5, 0.7\)"),
+        ("method=[evit,tomb]", "method must be one of dynamicvit.*got 'tomb'"),
+        (f"model=[{TINY},vit_base_patch16_siglip_224]", "cls_token is None"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            bench.main([*([] if word.startswith("model") else [f"model={TINY}"]), word, f"out={out}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_measured_stays_when_a_run_is_stopped(monkeypatch, tmp_path, capsys):
+    out, lines = tmp_path / "bench.json", tmp_path / "bench.part.jsonl"
+    words = [f"model={TINY}", "batch=[1,2]", "method=evit", "keep_ratio=0.5", "rounds=1", "warmup=0", f"out={out}"]
+    forwards = bench.forwards
+
+    def fails(plan, dense, images, ratio, shared):
+        if len(images) == 2:
+            raise RuntimeError("out of memory")
+        return forwards(plan, dense, images, ratio, shared)
+
+    monkeypatch.setattr(bench, "forwards", fails)
+    with pytest.raises(SystemExit, match="out of memory.*bench.part.jsonl"):
+        bench.main(words)
+    assert [path.name for path in tmp_path.iterdir()] == [lines.name]
+    first, *rows = map(json.loads, lines.read_text().splitlines())
+    assert first["plan"]["batch"] == [1, 2] and first["run"]["torch"]
+    assert [(row["batch"], row["method"]) for row in rows] == [(1, "dense"), (1, "evit")]
+
+    with pytest.raises(
+        SystemExit, match=r"got 2\.0 \(a number of tokens is `keep`\)$"
+    ):  # a plan that is refused takes nothing away
+        bench.main([*words, "keep_ratio=2.0"])
+    assert len(lines.read_text().splitlines()) == 3
+    monkeypatch.setattr(bench, "forwards", forwards)
+    bench.main(words)
+    assert len(json.loads(out.read_text())["rows"]) == 4 and not lines.exists()
+
+
+def test_help(capsys):
+    bench.main(["--help"])
+    assert "python -m tpbook.bench mode=training" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,6 +210,14 @@ def test_rows_of_training(capsys):
         ([f"model={TINY}", "method=topk"], "method must be one of dynamicvit"),
         ([f"model={TINY}", "keep_ratio=1.5"], r"keep_ratio must lie in \(0, 1\], got 1.5"),
         ([f"model={TINY}", "mode=graphs"], "mode 'graphs' needs device=cuda"),
+        (
+            [f"model={TINY}", "mode=training", "dtype=float16"],
+            "dtype must be float32 or bfloat16 for training on a CPU",
+        ),
+        (["device=gpu"], "device must be one of PyTorch's, such as cpu or cuda:1, got 'gpu'"),
+        (["device=cuda:99"], "device must be one that is there, got 'cuda:99'"),
+        (["keep_ratio=["], r"keep_ratio must be a value in YAML, got '\['"),
+        (["batch"], "key=value must follow, got 'batch'"),
     ],
 )
 def test_refusals(arguments, message):

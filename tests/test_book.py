@@ -1,5 +1,6 @@
 """Notebooks are clean sources, and a run is whole or not there."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,10 +10,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
+import torch
 from colorspacious import cspace_convert, deltaE
 from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
+from sphinx.pycode import ModuleAnalyzer
 
-from tpbook import METHODS, diagrams, plots
+from tpbook import METHODS, moved
+from tpbook.book import diagrams, experiments, plots
+from tpbook.methods import Method, evit, tps
 
 TOP = Path(__file__).parent.parent
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
@@ -32,6 +39,42 @@ def test_sources(path):
         if "plt." in cell.source or "plots.figure" in cell.source:
             if "plots.save" in cell.source:
                 assert cell.metadata["mystnb"]["image"]["alt"], cell.source
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted((TOP / "notebooks").glob("*.py"))], ids=lambda p: p.name)
+def test_no_notebook_imports_from_where_things_were(path):
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.reads(text, 4).cells if cell.cell_type == "code")
+    for line in re.findall(r"^(?:from tpbook import|import tpbook\.|from tpbook\.).*", text, flags=re.MULTILINE):
+        names = re.split(r"\W+", line.removeprefix("from tpbook import"))[: None if "tpbook import" in line else 3]
+        assert not set(names) & set(moved.MOVED) or re.match(r"from tpbook\.(book|methods|training)", line), line
+
+
+INCLUDE = re.compile(r"(`{3}\{|\.\. )literalinclude(?:\}|::) (\S+)\n((?: *:[\w-]+:.*\n)*)")
+
+
+@pytest.mark.parametrize("page", sorted((TOP / "book").glob("*.md")), ids=lambda p: p.stem)
+def test_code_that_a_page_shows_is_there(page):
+    for _, file, options in INCLUDE.findall(page.read_text()):
+        source = page.parent / file
+        assert source.is_file(), file
+        said = dict(re.findall(r":([\w-]+): ?(.*)", options))
+        text = source.read_text()
+        if "pyobject" in said:
+            tags = ModuleAnalyzer.for_string(text, source.stem)
+            tags.find_tags()
+            assert said["pyobject"] in tags.tags, f"{file} has no {said['pyobject']}"
+            _, first, last = tags.tags[said["pyobject"]]
+            text = "\n".join(text.splitlines()[first - 1 : last])
+        for edge in ("start-at", "end-before"):
+            assert said.get(edge, "").strip('"') in text, f"{file}: {edge} {said[edge]}"
+
+
+@pytest.mark.parametrize("page", [*sorted((TOP / "book").glob("*.md")), *TOP.glob("*.md")], ids=lambda p: p.stem)
+def test_files_that_a_page_names_are_there(page):
+    for name in re.findall(r"`((?:tpbook|notebooks|book|recipes|tests)/[\w./-]*\w)`", page.read_text()):
+        assert (TOP / name).exists() or name == "notebooks/results/imagenet", name
 
 
 @pytest.mark.parametrize("page", sorted((TOP / "book").glob("*.md")), ids=lambda p: p.stem)
@@ -64,15 +107,32 @@ def test_colours_are_told_apart(sight):
     assert len(set(plots.MARKS.values())) == len(plots.MARKS)
 
 
-def test_a_diagram_shows_what_the_package_does():
+def test_a_diagram_shows_what_the_package_does(monkeypatch):
     """Each stage names its score and reduction, keeps the four best, and mixes the colours as the method does."""
+    monkeypatch.setitem(METHODS, "new", Method("attention_received", "drop", "before", "ceil", "nobody"))
     for method, how in METHODS.items():
         figure = diagrams.stage(method)
-        words = {text.get_text() for text in figure.axes[0].texts}
-        assert {diagrams.SAY[how.score], diagrams.SAY[how.reduce]} <= words
-        assert ("Σ" in words) == (how.reduce == "fuse")
-        crosses = sum(text.get_text() == "×" for text in figure.axes[0].texts)
-        assert crosses == (4 if how.reduce == "drop" else 0)
+        axes = figure.axes[0]
+        words = [text.get_text() for text in axes.texts]
+        assert {how.score.words, how.reduce.words, "keep 4 of 8, ρ = 0.5"} <= set(words)
+        kept = [1, 3, 4, 6] if how.score.drawn else [0, 2, 3, 5]
+        others = [i for i in range(8) if i not in kept]
+        x, rest = diagrams.TOKENS[None, kept], diagrams.TOKENS[None, others]
+        squeezed, host = tps.squeeze(x, rest)
+        fused = evit.weighted_sum(rest, diagrams.SCORES[None, others])
+        after, ends = {
+            "drop": (x, []),
+            "fuse": (torch.cat([x, fused], dim=1), [8] * 4),
+            "squeeze": (squeezed, [kept[i] for i in host[0]]),
+        }[how.reduce.name]
+        row = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_y() == 0.2]
+        drawn = [patch.get_facecolor()[:3] for patch in row if patch.get_facecolor()[3]]
+        torch.testing.assert_close(torch.tensor(drawn), after[0])
+        names = [*(str(i + 1) for i in kept), "Σ"][: len(drawn)]
+        assert words[words.index("cls", words.index(how.reduce.words)) + 1 :][: len(names)] == names
+        arrows = [(*text.xyann, *text.xy) for text in axes.texts if isinstance(text, Annotation)]
+        assert arrows == [(i + 1.1, 1.8, end + 1.1, 0.95) for i, end in zip(others, ends)]
+        assert words.count("×") == (0 if ends else 4)
         plt.close(figure)
 
 
@@ -113,3 +173,44 @@ def test_a_failing_notebook(source, tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["done.failed.ipynb"]
     run(source, target, "n=2")  # mended
     assert [p.name for p in target.parent.iterdir()] == ["done.ipynb"]
+
+
+def test_what_a_killed_or_renamed_notebook_left_is_no_part_of_the_book(source, tmp_path, monkeypatch):
+    """Pages and their numbers are of the notebooks that there are, whatever else lies beside."""
+    monkeypatch.syspath_prepend(TOP / "book")
+    import render
+
+    out = tmp_path / "out"
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/here.ipynb").write_text(source.read_text())
+    (tmp_path / "notebooks/results").symlink_to(TOP / "notebooks/results")
+    assert run(source, out / "notebooks/here.ipynb", "n=2", "profile=digits").returncode == 0
+    for left in ("here.part.ipynb", "here.failed.ipynb", "old.ipynb"):
+        (out / "notebooks" / left).write_text("{")
+    for file in ("here/here-now.json", "here/runs/result.json", "old/old.json", "stray.json"):
+        (out / "results" / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / "results" / file).write_text(json.dumps({"of": file}))
+    monkeypatch.setattr(render, "TOP", tmp_path)
+    assert render.numbers(render.written(out)) == {"here_now": {"of": "here/here-now.json"}}
+    said = render.status(out)
+    assert said["profile"] == "digits" and "here" in said["table_notebooks"] and "old" not in said["table_notebooks"]
+
+
+def test_what_notebooks_begin_with(tmp_path):
+    """A profile is known before anything is made; a page's training is as large as it says; trainings begin anew."""
+    with pytest.raises(ValueError, match="profile must be digits or imagenette, got 'cats'"):
+        experiments.begin("cats", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    experiments.begin("digits", tmp_path / "out")
+    (experiments.runs(tmp_path / "out") / "old").mkdir(parents=True)
+    assert not experiments.runs(tmp_path / "out").exists() and (tmp_path / "out").is_dir()
+
+    asked = {"epochs": 2, "train_images": 0, "test_images": 7, "imagenette": (500, 250)}
+    assert experiments.size("digits", "slice", **asked) == {"epochs": 2, "train_images": 0, "test_images": 7}
+    assert experiments.size("imagenette", "slice", **asked) == {"epochs": 1, "train_images": 500, "test_images": 7}
+    assert experiments.size("digits", "recipe", **asked) == {}
+
+    x, labels = torch.eye(5)[torch.tensor([0, 1, 2, 3, 4])], torch.tensor([0, 1, 4, 3, 0])
+    seen = []
+    right = experiments.right(lambda part: seen.append(len(part)) or part, x, labels, batch=2)
+    assert right.tolist() == [True, True, False, True, False] and seen == [2, 2, 1]

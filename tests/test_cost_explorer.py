@@ -19,28 +19,21 @@ from conftest import AXE, CHROMIUM, WIDE, serious
 from timm.models import VisionTransformer
 
 import tpbook
-from tpbook import backbones, flops, methods
-from tpbook.plots import COLOURS, NAMES
+from tpbook import flops, methods, weights
+from tpbook.book import cost, looks
+from tpbook.book.looks import CHOICES as METHODS
+from tpbook.book.looks import method_of
+from tpbook.book.plots import COLOURS, NAMES
 
 STATIC = Path(__file__).parent.parent / "book/static"
 THEME = importlib.util.find_spec("pydata_sphinx_theme")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs an installed Chromium")
 
-# name in the page → method and options of `tpbook.prune`
-METHODS = {name: (name, {}) for name in tpbook.METHODS} | {"evit, no fusion": ("evit", {"fuse": False})}
-
-
-def of(name):
-    """The `Method` behind a name of the page."""
-    method, options = METHODS[name]
-    found = tpbook.METHODS[method]
-    return found if options.get("fuse", True) else methods.Method(**{**vars(found), "reduce": "drop"})
-
-
 def token_counts(patches, ratios, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a stage that would keep no token keeps one
-        return [vars(count) for count in tpbook.methods.token_counts(patches, ratios, of(name))]
+        ratios = [float(ratio) for ratio in ratios]  # JavaScript's 1 is one; an int of Python's is a number of tokens
+        return [count._asdict() for count in tpbook.methods.token_counts(patches, ratios, method_of(name))]
 
 
 @pytest.fixture
@@ -52,11 +45,13 @@ def explorer(visit, tmp_path):
         if THEME:
             folder = Path(THEME.origin).parent / "theme/pydata_sphinx_theme/static"
             theme = f'<link rel="stylesheet" href="{(folder / "styles/pydata-sphinx-theme.css").as_uri()}">'
+        (tmp_path / "rules.js").write_text(cost.script(), encoding="utf-8")
         page = tmp_path / "page.html"
         page.write_text(f"""<!doctype html>
             <html lang="en" data-theme="light"><head><meta charset="utf-8"><title>Cost</title>
             <meta name="viewport" content="width=device-width">{theme}
             <link rel="stylesheet" href="{(STATIC / "cost-explorer.css").as_uri()}">
+            <script src="rules.js"></script>
             <script src="{(STATIC / "cost.js").as_uri()}"></script>
             <script src="{(STATIC / "cost-explorer.js").as_uri()}"></script></head>
             <body><main><h1>Cost</h1><div id="here">Needs JavaScript.</div></main>
@@ -73,8 +68,13 @@ def explorer(visit, tmp_path):
 
 
 def test_methods(explorer):
-    named = {name: {k: v for k, v in vars(of(name)).items() if k != "paper"} for name in METHODS}
-    assert explorer().evaluate("tpbook.methods") == named
+    methods = explorer().evaluate("tpbook.methods")
+    assert list(methods) == list(METHODS)
+    for name, told in methods.items():
+        method = method_of(name)
+        named = {"score": method.score.name, "reduce": method.reduce.name, "place": method.place}
+        assert {axis: told[axis] for axis in named} == named and told["count"]["name"] == method.count.name
+        assert (told["title"], told["colour"]) == (NAMES[name], COLOURS[name])
 
 
 def test_counts(explorer):
@@ -122,7 +122,7 @@ MODELS = {
     "deit_tiny": lambda: meta("deit_tiny_patch16_224"),
     "deit_small": lambda: meta("deit_small_patch16_224"),
     "deit_small_384": lambda: meta("deit_small_patch16_224", img_size=384),
-    "digits": backbones.build_digits_vit,
+    "digits": weights.build_digits_vit,
     "vit_large": lambda: meta("vit_large_patch16_224"),
     "registers": lambda: meta("vit_small_patch14_reg4_dinov2", img_size=112),  # five prefix tokens, no head
     "odd": lambda: meta("", img_size=96, patch_size=8, embed_dim=150, depth=8, num_heads=5, mlp_ratio=3),
@@ -149,6 +149,37 @@ def test_macs(explorer, family):
             n = counts[block]["leave"] if block in counts else n or patches
             tokens.append(shape["prefix"] + n)
         assert ours["tokens"] == tokens
+
+
+class Pair(methods.dynamicvit.Drop):
+    """Adds two tokens, which cost something."""
+
+    name, adds = "pair", 2
+
+    def macs(self, enter, kept, dim):
+        return (enter - kept) * (kept + 2) * (dim // 3)
+
+
+@pytest.mark.parametrize("place", ["before", "between"])
+@pytest.mark.parametrize("count", ["floor", "ceil"])
+@pytest.mark.parametrize("score", ["class_attention", "attention_received", "predictor"])
+def test_methods_to_come(explorer, monkeypatch, score, place, count):
+    """Other points on the axes: nothing in the page knows which there are."""
+    method = methods.Method(methods.SCORES[score], Pair(), place, count, "nobody")
+    monkeypatch.setitem(tpbook.METHODS, "new", method)
+    model, at = MODELS["depth_8"](), (1, 2, 5)
+    told = json.loads(json.dumps(cost.rule(method, looks.Look("new", "#000000", "o"))))
+    for ratios in ((0.7, 0.5, 0.9), (1.0, 0.33, 1.0), (0.001, 0.001, 0.001)):
+        ours = explorer().evaluate("([s, m, r, at]) => tpbook.macs(s, m, r, at)", [shape_of(model), told, ratios, at])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            form = flops.closed_form(tpbook.prune(model, "new", keep_ratio=ratios, at=at))
+            counts = [count._asdict() for count in model.pruning.counts(196)]
+        tpbook.unprune(model)
+        assert ours["by_block"] == list(form.by_block) and ours["total"] == form.total
+        assert ours["counts"] == counts
+        for count, added in zip(counts, ours["stages"]):
+            assert (added == 0) == (count["kept"] == count["enter"])
 
 
 ERRORS = {

@@ -8,6 +8,7 @@ import timm
 import torch
 from PIL import Image
 
+import tpbook
 from tpbook import data
 
 needs_data = pytest.mark.skipif(
@@ -110,9 +111,11 @@ def test_get(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / data.IMAGENETTE)
 
 
-def test_eval_transform_is_timms():
-    image = Image.new("RGB", (300, 500))
-    assert data.eval_transform(timm.create_model("deit_tiny_patch16_224"))(image).shape == (3, 224, 224)
+@pytest.mark.parametrize("name, size", [("deit_tiny_patch16_224", 224), ("eva02_tiny_patch14_336", 336)])
+def test_eval_transform_is_timms(name, size):
+    image, model = Image.new("RGB", (300, 500)), timm.create_model(name, depth=1)
+    assert data.eval_transform(model)(image).shape == (3, size, size)
+    assert data.eval_transform(tpbook.prune(model, "random", at=(0,)))(image).shape == (3, size, size)
 
 
 @needs_data

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from PIL import Image
 from test_site import WIDE, browser_needed, every_site
 
 import tpbook
-from tpbook import flops, widgets
-from tpbook.backbones import DIGITS, load_trained_digits
+from tpbook import flops
+from tpbook.book import widgets
+from tpbook.book.plots import NAMES
 from tpbook.methods import token_counts
-from tpbook.plots import NAMES
+from tpbook.weights import DIGITS, load_trained_digits
 
 RATIOS = (0.2, 0.35, 0.7, 1.0)
 
@@ -26,7 +28,7 @@ RATIOS = (0.2, 0.35, 0.7, 1.0)
 def model_of(photographs, method, half=False):
     """The model behind an explorer's state, made anew; `half` as the page's own files store it."""
     name, options = widgets.CHOICES[method]
-    if tpbook.METHODS[name].score == "predictor":
+    if tpbook.METHODS[name].score.learned:
         return load_trained_digits(method)
     model = tpbook.load_backbone("deit_tiny_patch16_224" if photographs else DIGITS)
     if half:
@@ -278,6 +280,86 @@ def test_motion_and_narrow_screens(site, explorer):
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         assert not serious(page)
+
+
+# ---- a page of one picture, made here
+
+CREDIT = (
+    '<a href="https://example.org/1?a=1&amp;b=2">Photograph</a> by <b>A &lt; B</b><script>wrong()</script>'
+    '<img src="nowhere" onerror="window.hurt = 1"><a href="javascript:window.hurt = 1">this</a>, '
+    '<a href="https://example.org/2" onclick="window.hurt = 1">CC BY 2.0</a><!--<script>'
+)
+
+
+@pytest.fixture(scope="module")
+def one():
+    """What such a page carries: a digit, every method that needs no training, one keep ratio."""
+    model, methods = tpbook.load_backbone(DIGITS), {}
+    x = tpbook.data.digits("test").images[7:8]
+    image = {"src": widgets.picture_of(x, model), "alt": "a digit", "label": "", "credit": CREDIT}
+    group = {**widgets.describe(model), "name": "One", "missing": "", "images": [image], "methods": {}, "costs": {}}
+    for name, (of, options) in widgets.CHOICES.items():
+        if not tpbook.METHODS[of].score.learned:
+            tpbook.prune(model, of, keep_ratio=0.5, **options)
+            methods[name], group["costs"][name] = [widgets.state(model, x)], [widgets.cost_of(model)]
+            tpbook.unprune(model)
+    group |= {"methods": dict.fromkeys(methods, {}), "states": [methods]}
+    return {**widgets.front(keep_ratio=0.5), "ratios": [0.5], "sets": [group]}
+
+
+@pytest.fixture
+def opened(visit, tmp_path):
+    """Data → the page."""
+
+    def open_(data):
+        code = (Path(widgets.__file__).parent / "javascript/explorer.js").as_uri()
+        (tmp_path / "page.html").write_text(f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>One</title>
+            <main id="explorer"></main>{widgets.page(data)}<script src="{code}"></script><script>
+            const data = JSON.parse(document.getElementById("explorer-data").textContent);
+            tpbook.explorer(document.getElementById("explorer"), data, tpbook.embedded(data));</script></html>""")
+        page = visit((tmp_path / "page.html").as_uri())
+        page.wait_for_selector(".explorer canvas")
+        return page
+
+    return open_
+
+
+def place(patch):
+    return f"row {patch // 14 + 1}, column {patch % 14 + 1}"
+
+
+chromium_needed = pytest.mark.skipif(not CHROMIUM, reason="needs an installed Chromium")
+
+
+@chromium_needed
+def test_a_credit_is_words_and_links(one, opened):
+    page = opened(one)
+    settled(page)
+    credit = page.locator(".explorer .note").last
+    assert credit.text_content() == "Photograph by A < Bthis, CC BY 2.0"
+    links = credit.locator("a").evaluate_all("links => links.map(a => [a.textContent, a.href, a.attributes.length])")
+    assert links == [["Photograph", "https://example.org/1?a=1&b=2", 1], ["CC BY 2.0", "https://example.org/2", 1]]
+    assert credit.locator("*").count() == 2 and not page.evaluate("window.hurt") and not page.wrong
+
+
+@chromium_needed
+def test_what_became_of_a_patch_is_said_in_the_words_of_its_method(one, opened):
+    page = opened(one)
+    for name in one["sets"][0]["methods"]:
+        page.locator(".explorer .methods").get_by_text(NAMES[name], exact=True).click()
+        state = settled(page)
+        gone = next(patch for patch in range(196) if patch not in state["kept"][0])
+        page.get_by_label("Follow a patch").fill(str(gone + 1))
+        fate = {"evit": "fused", "random": "dropped", "evit, no fusion": "dropped"}.get(name)
+        if fate is None:
+            first, last = state["host"][0][gone], state["host"][-1][gone]
+            fate = f"squeezed into {place(first)}"
+        said = page.locator(".explorer output").last.inner_text()
+        assert said.split(", in the end")[0] == f"{place(gone)}: {fate} at stage 1"
+        assert page.locator(".explorer .view").is_visible() == bool(state["host"])
+        if state["host"] and first != last:
+            assert said.endswith(f", in the end in {place(last)}")
+    assert {"evit", "etps", "random"} <= set(one["sets"][0]["methods"]) and not page.wrong
 
 
 # ---- in the page, really computing

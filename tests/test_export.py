@@ -1,21 +1,31 @@
-"""ONNX Runtime gives PyTorch's logits, kept patches and hosts, from one file for every keep ratio."""
+"""ONNX Runtime gives PyTorch's logits, kept patches and hosts, from one file for every keep ratio, or one for one."""
 
 import copy
+import ctypes
+import io
 import json
+import math
 import random
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+import torch.nn.functional as F
+from builders import BUILDERS
+from timm.layers import RmsNorm
 
 import tpbook
-from tpbook.exporting import _counts, split
+from tpbook.exporting import split
+from tpbook.families import family_of
 from tpbook.methods import METHODS, token_counts
+from tpbook.onnx_plan import knob_counts
 
 DIGITS = "vit_digits_patch4_56"
 RATIOS = (1, 0.9, 0.7, 0.5, 0.3, (1, 0.5, 1), (0.8, 0.9, 0.4), 0.001)
@@ -79,16 +89,16 @@ def assert_kept(got, s, t, patches):
 
 
 @torch.no_grad()
-def assert_same(runtime, model, images, ratios):
+def assert_same(runtime, model, images, ratios, knob=True):
     for ratio in ratios:
         model.keep_ratio = ratio
         with tpbook.trace(model) as t:
             want = model(images)
-        got = run(runtime, images, ratio, t)
+        got = run(runtime, images, ratio if knob else None, t)
         np.testing.assert_allclose(got["logits"], want, atol=1e-4, rtol=0)
         assert list(got)[1:] == [f"{what}_{s + 1}" for what in ("kept", "host") for s in range(len(getattr(t, what)))]
         for s in range(len(t.kept)):
-            assert_kept(got[f"kept_{s + 1}"], s, t, model.patch_embed.num_patches)
+            assert_kept(got[f"kept_{s + 1}"], s, t, math.prod(family_of(model).grid(model)))
         for s, host in enumerate(t.host):
             assert np.array_equal(got[f"host_{s + 1}"], host)
 
@@ -98,7 +108,7 @@ def assert_same(runtime, model, images, ratios):
 def test_counts_equal_the_exact_ones(patches):
     knobs = torch.arange(1, 10_001) / 10_000  # every ratio of four decimals
     for method in (METHODS["random"], METHODS["etps"], METHODS["evit"]):
-        got = _counts(patches, knobs.expand(3, -1), method)
+        got = knob_counts(patches, knobs.expand(3, -1), method)
         want = [token_counts(patches, [p / 10_000] * 3, method) for p in range(1, 10_001)]
         for s in range(3):
             assert got[s].kept.tolist() == [c[s].kept for c in want]
@@ -112,7 +122,7 @@ def test_counts_of_many_stages():
         ratios = [draw.randint(1, 10_000) / 10_000 for _ in range(draw.choice([1, 2, 6, 12]))]
         for method in [*METHODS.values(), replace(METHODS["random"], reduce="fuse")]:
             patches = draw.randint(1, 4096)
-            got = _counts(patches, torch.tensor(ratios), method)
+            got = knob_counts(patches, torch.tensor(ratios), method)
             assert [(c.kept, c.leave) for c in got] == [
                 (c.kept, c.leave) for c in token_counts(patches, ratios, method)
             ]
@@ -138,6 +148,54 @@ def test_every_form_of_a_ratio(small, images, tmp_path):
     assert run(runtime, x, 1)["kept_3"].tolist() == [list(range(36))] * 2
 
 
+# ---- one ratio
+
+
+def constants(proto):
+    """Names of what does not depend on any input."""
+    named = {node.output[0] for node in proto.graph.node if node.op_type == "Constant"}
+    return named | {tensor.name for tensor in proto.graph.initializer}
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "evit", "etps", "random"])
+@pytest.mark.parametrize("wish", [{"keep_ratio": 0.7}, {"keep_ratio": (1, 0.5, 0.31)}, {"keep": (20, 20, 7)}])
+@torch.no_grad()
+def test_one_ratio_makes_every_count_a_constant(small, images, tmp_path, recwarn, method, wish):
+    model = pruned(small(), method, keep_ratio=0.4)
+    path, x = tpbook.export(model, tmp_path / "m.onnx", **wish), images(model, batch=3)
+    assert model.keep_ratio == 0.4 and not recwarn.list
+    proto = onnx.load(path)
+    assert [i.name for i in proto.graph.input] == ["images"] + ["random"] * model.pruning.method.score.drawn
+    counted = [node.input[1] for node in proto.graph.node if node.op_type == "TopK"]
+    assert counted and set(counted) <= constants(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    setattr(model, *next(iter(wish.items())))
+    with tpbook.trace(model) as t:
+        want = model(x)
+    runtime = session(path)
+    got = run(runtime, x, None, t)
+    np.testing.assert_allclose(got["logits"], want, atol=1e-4, rtol=0)
+    shapes = {o.name: o.shape for o in runtime.get_outputs()}
+    for s, kept in enumerate(t.kept, 1):
+        assert_kept(got[f"kept_{s}"], s - 1, t, 36)
+        assert shapes[f"kept_{s}"] == ["batch", kept.shape[1]]
+    for s, host in enumerate(t.host, 1):
+        assert np.array_equal(got[f"host_{s}"], host)
+
+
+def test_one_ratio_is_noted(small, tmp_path):
+    model = tpbook.prune(small(), "evit")
+    noted = metadata(tpbook.export(model, tmp_path / "m.onnx", keep_ratio=(Fraction(1, 2), 0.7, 1)))
+    assert noted["keep_ratio"] == [0.5, 0.7, 1] and "keep" not in noted
+    noted = metadata(tpbook.export(model, tmp_path / "m.onnx", keep=5))
+    assert noted["keep"] == 5 and "keep_ratio" not in noted
+    with pytest.warns(UserWarning, match="keep_ratio=0.001 would keep none"):
+        tpbook.export(tpbook.prune(small(), "random"), tmp_path / "m.onnx", keep_ratio=0.001)
+
+
+# ---- models
+
+
 CASES = [
     ("deit3", "etps"), ("dinov2_reg", "evit"), ("clip", "dtps"), ("distilled", "evit"), ("average", "evit"),
     ("siglip", "dynamicvit"), ("siglip", "random"), ("qk_norm", "etps"), ("large_image", "etps"),
@@ -149,6 +207,48 @@ def test_families(small, images, tmp_path, family, method):
     model = pruned(small(family), method)
     runtime = session(tpbook.export(model, tmp_path / "m.onnx"))
     assert_same(runtime, model, images(model, batch=3), (1, 0.7, (0.9, 0.5, 0.6)))
+
+
+NORMAL = [name for name in BUILDERS if name.split("_")[0] in ("vit", "eva", "beit", "naflex")]
+
+
+@pytest.mark.parametrize("name", NORMAL)
+@torch.no_grad()
+def test_timm_families(tmp_path, name):
+    model, x = BUILDERS[name]()
+    x = torch.cat([x, -x[:1]])  # traced with two
+    dense = run(session(tpbook.export(model, tmp_path / "m.onnx")), x)["logits"]
+    np.testing.assert_allclose(dense, model(x), atol=1e-4, rtol=1e-4)
+    method, options = "evit", {}
+    if not family_of(model).has_class_token(model):
+        method, options = "etps", {"score": "attention_received"}
+    tpbook.prune(model, method, at=(1, 2), **options)
+    assert_same(session(tpbook.export(model, tmp_path / "m.onnx")), model, x, (1, 0.6))
+    runtime = session(tpbook.export(model, tmp_path / "m.onnx", keep_ratio=0.4))
+    assert_same(runtime, model, x, (0.4,), knob=False)
+
+
+@pytest.mark.parametrize("name", ["torchvision_vit", "hf_vit", "open_clip_vit"])
+def test_other_families_are_refused_in_words(tmp_path, name):
+    model, _ = BUILDERS[name]()
+    there = "timm Beit, timm Eva, timm NaFlexVit, timm VisionTransformer"
+    with pytest.raises(TypeError, match=f"model must be a {there}, got {type(model).__name__}"):
+        tpbook.export(model, tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", [None, "dynamicvit", "etps"])
+@torch.no_grad()
+def test_rms_norm(small, images, tmp_path, method):
+    model = small("deit", norm_layer=RmsNorm)
+    assert isinstance(model.blocks[0].norm1, RmsNorm)
+    if method:
+        pruned(model, method)
+    path, x = tpbook.export(model, tmp_path / "m.onnx"), images(model)
+    if method:
+        assert_same(session(path), model, x, (1, 0.7))
+    else:
+        np.testing.assert_allclose(run(session(path), x)["logits"], model(x), atol=1e-4, rtol=0)
 
 
 def test_dynamic_image_size_is_fixed(small, tmp_path):
@@ -253,11 +353,11 @@ def test_caller_keeps_the_model(small, images, tmp_path, dtype):
     model = tpbook.prune(small(), "evit", keep_ratio=0.6).to(dtype).train()
     x, before = images(model).to(dtype), {k: v.clone() for k, v in model.state_dict().items()}
     want, hooks = model.eval()(x), [len(m._forward_hooks) for m in model.modules()]
-    kind, kinds, fused = type(model), [type(s) for s in model.stages], model.blocks[0].attn.fused_attn
+    kinds, fused = [type(m) for m in model.modules()], model.blocks[0].attn.fused_attn
     model.train()
     path = tpbook.export(model, tmp_path / "m.onnx")
     assert model.training and all(m.training for m in model.modules())
-    assert type(model) is kind and [type(s) for s in model.stages] == kinds and model.keep_ratio == 0.6
+    assert [type(m) for m in model.modules()] == kinds and model.keep_ratio == 0.6
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
     assert all(b.attn.fused_attn == fused for b in model.blocks)
     state = model.state_dict()
@@ -265,6 +365,74 @@ def test_caller_keeps_the_model(small, images, tmp_path, dtype):
     assert torch.equal(model.eval()(x), want)
     if dtype is torch.bfloat16:
         assert_same(session(path), model.float(), images(model), (0.5,))
+
+
+# ---- what the process exports otherwise, and what it prints
+
+
+class Adds(torch.nn.Module):
+    alpha = 1
+
+    def forward(self, x, y):
+        return x.index_add(1, torch.tensor([0, 2, 1]), y, alpha=self.alpha)
+
+
+def users_own(opset):
+    file = io.BytesIO()
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(Adds(), (torch.zeros(2, 4, 3), torch.ones(2, 3, 3)), file, opset_version=opset, dynamo=False)
+    return file.getvalue()
+
+
+def test_a_users_own_export_is_as_before(small, tmp_path, monkeypatch):
+    before = users_own(16), users_own(17)
+    for opset in (16, 17):
+        tpbook.export(tpbook.prune(small(), "etps"), tmp_path / "m.onnx", opset=opset)
+    with pytest.raises(ValueError, match="hopeless"):
+        tpbook.export(tpbook.prune(small(), "etps", similarity=hopeless), tmp_path / "m.onnx")
+    assert (users_own(16), users_own(17)) == before
+    x, y = torch.randn(2, 4, 3), torch.randn(2, 3, 3)
+    runtime = session(before[1])
+    [got] = runtime.run(None, dict(zip([i.name for i in runtime.get_inputs()], (x.numpy(), y.numpy()))))
+    np.testing.assert_allclose(got, Adds()(x, y), atol=1e-6)
+    monkeypatch.setattr(Adds, "alpha", 0.5)
+    with pytest.raises(Exception, match="alpha != 1"):  # torch's own word
+        users_own(17)
+
+
+def adding(x, y):
+    """A similarity that adds to some columns, twice to one of them, and along another dimension by another name."""
+    c = F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).transpose(1, 2) - 3  # (B, p, k)
+    c = c.index_add(2, torch.tensor([0, 1, 0]), torch.ones_like(c[:, :, :3]), alpha=0.3).transpose(1, 2)
+    return torch.index_add(c, -2, torch.tensor([1, 1]), torch.full_like(c[:, :2], 0.2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("opset", [16, 17, 20])
+def test_index_add_minds_dimension_and_factor(small, images, tmp_path, opset):
+    model = tpbook.prune(small(), "etps", similarity=adding)
+    runtime = session(tpbook.export(model, tmp_path / "m.onnx", opset=opset))
+    assert_same(runtime, model, images(model), (1, 0.7, 0.5))
+
+
+@pytest.mark.parametrize("opset", [16, 20])
+def test_opset(small, images, tmp_path, opset):
+    model = pruned(small(), "dtps")
+    path = tpbook.export(model, tmp_path / "m.onnx", opset=opset)
+    assert onnx.load(path).opset_import[0].version == opset
+    assert_same(session(path), model, images(model), (1, 0.6))
+
+
+def unsaid(x, y):
+    return (y @ x.mT).mT  # of which the exporter knows no name
+
+
+def test_an_error_prints_no_graph(small, tmp_path, capfd):
+    logs = torch._C._jit_is_onnx_log_enabled()
+    with pytest.raises(ValueError, match="'unsaid': .*aten::mT") as error:
+        tpbook.export(tpbook.prune(small(), "etps", similarity=unsaid), tmp_path / "m.onnx")
+    ctypes.CDLL(None).fflush(None)  # torch prints by C++
+    assert len(str(error.value)) < 300 and capfd.readouterr() == ("", "")
+    assert torch._C._jit_is_onnx_log_enabled() == logs
 
 
 def test_metadata(small, tmp_path):
@@ -288,13 +456,23 @@ def hopeless(x, y):
 
 
 def test_errors_leave_nothing(small, tmp_path, monkeypatch):
-    model, path = small(), tmp_path / "m.onnx"
+    model, evit, path = small(), tpbook.prune(small(), "evit"), tmp_path / "m.onnx"
     cases = [
         (TypeError, "VisionTransformer, got Linear", torch.nn.Linear(1, 1), path, {}),
         (ValueError, "when=.always.", tpbook.mask(small(), when="always"), path, {}),
         (ValueError, "weights must be one of float32, float16, got 'int8'", model, path, {"weights": "int8"}),
         (ValueError, r"end in \.onnx, got '.*m\.pt'", model, tmp_path / "m.pt", {}),
         (FileNotFoundError, "gone", model, tmp_path / "gone" / "m.onnx", {}),
+        (ValueError, "opset must lie from 16 to 20, got 15", model, path, {"opset": 15}),
+        (ValueError, "opset must lie from 16 to 20, got 21", model, path, {"opset": 21}),
+        (TypeError, "opset must be an int, got '17'", model, path, {"opset": "17"}),
+        (TypeError, "opset must be an int, got True", model, path, {"opset": True}),
+        (ValueError, "keep_ratio must be left unset .* not pruned, got 0.7", model, path, {"keep_ratio": 0.7}),
+        (ValueError, "keep must be left unset .* not pruned, got 9", model, path, {"keep": 9}),
+        (ValueError, "both be given, got 0.7 and 9", evit, path, {"keep_ratio": 0.7, "keep": 9}),
+        (ValueError, r"keep_ratio must lie in \(0, 1\], got 1.2", evit, path, {"keep_ratio": 1.2}),
+        (ValueError, "keep_ratio .* 3 stages, got .0.7, 0.5", evit, path, {"keep_ratio": [0.7, 0.5]}),
+        (ValueError, "keep must lie from 1 to the 36 patch tokens .* got 37", evit, path, {"keep": 37}),
         (ValueError, "'hopeless'", tpbook.prune(small(), "etps", similarity=hopeless), path, {}),
     ]
     for error, says, given, where, options in cases:
@@ -311,6 +489,14 @@ def test_errors_leave_nothing(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="m.onnx could not be written.*disk full"):
+        tpbook.export(model, path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"older"
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
         tpbook.export(model, path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"older"
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.datasets import imagenet as torchvision_imagenet
 
 from tpbook import data, train
-from tpbook.recipes import read
+from tpbook.training.recipes import read
 
 TOP = Path(__file__).parent.parent
 PAGE = TOP / "book" / "imagenet.md"
@@ -217,7 +217,8 @@ def dry(reader, monkeypatch):
     @functools.wraps(create)
     def narrow(name, **kwargs):
         width = 8 * {"tiny": 3, "small": 6, "base": 12}[name.split("_")[1]]
-        return create(name, **{**kwargs, "embed_dim": width, "pretrained": False})
+        from_file = "pretrained_cfg_overlay" in kwargs  # and never from timm's hub
+        return create(name, **{**kwargs, "embed_dim": width, "pretrained": from_file})
 
     monkeypatch.setattr(timm, "create_model", narrow)
     monkeypatch.setenv("TPBOOK_DATA", str(home / "data"))

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import tpbook
 from tpbook import losses
-from tpbook.evit import keep_rate
+from tpbook.methods.evit import keep_rate
 
 TERMS = ("cls", "ratio_sum", "logit_kl", "token", "total")
 
@@ -82,6 +82,8 @@ def test_refusals():
         losses.dynamicvit(logits, trace, labels, **teacher, keep_ratios=(0.7,) * 3, token="l1")
     with pytest.raises(ValueError, match="keep_ratios.*3 did"):
         losses.dynamicvit(logits, trace, labels, **teacher, keep_ratios=(0.7, 0.49))
+    with pytest.raises(TypeError, match=r"keep_ratios must be a sequence, one ratio a stage, got 0\.5"):
+        losses.dynamicvit(logits, trace, labels, **teacher, keep_ratios=0.5)
     with pytest.raises(ValueError, match="keep_ratios.*0 did"):
         losses.dynamicvit(logits, tpbook.Trace(), labels, **teacher, keep_ratios=())
     with pytest.raises(ValueError, match="both or neither"):

@@ -8,6 +8,7 @@ import torch
 
 import tpbook
 from tpbook.masking import PatchMask
+from tpbook.training.setup import fast_attention
 
 
 @pytest.mark.parametrize("family", ["deit", "dinov2_reg", "clip", "distilled", "average", "siglip", "any_size"])
@@ -80,6 +81,16 @@ def test_seed_repeats_and_leaves_the_global_generator_alone(small, images):
     assert torch.equal(after, torch.rand(1))
 
 
+def test_a_seed_gives_the_masks_that_it_always_gave(monkeypatch):
+    """Pinned; and no generator but its own is touched, of no device."""
+    x = torch.arange(7.0).view(1, 7, 1).repeat(2, 1, 1)
+    monkeypatch.setattr(torch, "manual_seed", None)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)
+    left = PatchMask(0.5, 1, "always", 0, None)(x)
+    assert left[:, :, 0].tolist() == [[0, 3, 6, 5], [0, 3, 5, 4]]
+    assert PatchMask((0.1, 0.9), 1, "always", 3, None)(x).shape[1] == 6
+
+
 def test_a_range_is_drawn_each_forward(small, images):
     model = tpbook.mask(small("deit").train(), (0.25, 0.75))
     counts = {model.forward_features(images(model)).shape[1] - 1 for _ in range(40)}
@@ -142,14 +153,27 @@ def test_every_parameter_learns(small, images):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_explicit_attention_on_a_cpu_in_bfloat16(small, images, monkeypatch):
-    """It is the faster there; values stay, and so does the model."""
+def test_explicit_attention_on_a_cpu_in_bfloat16(small, images):
+    """It trains faster there; values stay, and so does the model."""
     model = tpbook.mask(small("deit").train(), 0.5, seed=0)
     x, seen = images(model), []
     attn = model.blocks[0].attn
     attn.register_forward_pre_hook(lambda module, args: seen.append(module.fused_attn))
-    exact = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_attention(model, x):
+        exact = model(x)
+    with torch.autocast("cpu", torch.bfloat16), fast_attention(model, x):
         half = model(x)
     assert seen == [True, False] and attn.fused_attn
     torch.testing.assert_close(half.float(), exact, atol=0.15, rtol=0.1)
+
+
+def test_hidden_patches_leave_no_feature_map(small, images):
+    model = tpbook.mask(small(), 0.5)
+    x = images(model)
+    maps = model.forward_intermediates(x, indices=[2], intermediates_only=True)
+    assert maps[0].shape == (2, 48, 6, 6)  # eval mode hides nothing
+    with pytest.raises(RuntimeError, match="no feature maps"):
+        model.train().forward_intermediates(x)
+    model = tpbook.mask(tpbook.unmask(model).eval(), 0.5, when="always")
+    with pytest.raises(RuntimeError, match="no feature maps"):
+        model.forward_intermediates(x)

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import tpbook
-from tpbook.tps import squeeze, squeeze_masked
+from tpbook.methods.tps import squeeze, squeeze_masked
 
 CASES = {
     "dynamicvit": ("dynamicvit", {}),
@@ -47,9 +47,10 @@ def test_train(official, name):
     model = load(name, want).train()
     torch.manual_seed(11)
     with tpbook.trace(model) as t:
-        logits = model(want["images"])
+        logits = model(want.get("train.images", want["images"]))
     torch.testing.assert_close(logits, want["train.logits"], atol=1e-4, rtol=0)
-    torch.testing.assert_close(t.features, want["train.features"], atol=1e-4, rtol=0)
+    if "train.features" in want:
+        torch.testing.assert_close(t.features, want["train.features"], atol=1e-4, rtol=0)
     for s in range(3):
         assert torch.equal(t.decisions[s].round(), want[f"train.decisions.{s}"].round())
     logits.square().sum().backward()

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import tpbook
-from tpbook import engine, losses
+from tpbook import losses
+from tpbook.methods import dynamicvit
 
 B, CASES = 8, ("dense", "evit", "etps", "masked", "dynamicvit", "dtps")
 
@@ -48,11 +49,11 @@ def gradients(case, rank, world):
         p = log_probs[..., 0].exp()
         return (next(draws) - p.detach() + p) * alive
 
-    engine.sample, original = sample, engine.sample
+    dynamicvit.sample, original = sample, dynamicvit.sample
     forward = DistributedDataParallel(model) if world > 1 else model
     with tpbook.trace(model) as t:
         logits = forward(images[mine])
-    engine.sample = original
+    dynamicvit.sample = original
     if case in ("dynamicvit", "dtps"):
         theirs = {"teacher_logits": teacher[mine], "teacher_features": torch.zeros(len(logits), 36, 48)}
         shares = (0.5, 0.25, 0.125)  # the token term is a mean over each process's own kept tokens, so it is left out

@@ -1,15 +1,18 @@
 """What must hold for any numbers: token counts, selection, squeezing."""
 
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, localcontext
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models import VisionTransformer
 
-from tpbook.engine import Stage, Tokens
+import tpbook
 from tpbook.methods import METHODS, Method, token_counts
-from tpbook.tps import squeeze, squeeze_masked
+from tpbook.methods.parts import Score
+from tpbook.methods.tps import squeeze, squeeze_masked
 
 settings.register_profile("book", deadline=None)
 settings.load_profile("book")
@@ -37,30 +40,49 @@ def test_counts(patches, ratios, name):
     with localcontext(prec=200):
         for r, c in zip(ratios, counts, strict=True):
             share *= Decimal(str(r))
-            if METHODS[name].count == "floor":
+            if METHODS[name].count.name == "floor":
                 kept = (patches * share).to_integral_value(ROUND_FLOOR)
             else:
                 kept = (n * Decimal(str(r))).to_integral_value(ROUND_CEILING)
             assert c.enter == n and c.kept == max(1, int(kept)) and 1 <= c.kept <= c.enter
-            assert c.leave == c.kept + (METHODS[name].reduce == "fuse" and c.kept < n) and c.leave <= c.enter
+            assert c.leave == c.kept + (METHODS[name].reduce.name == "fuse" and c.kept < n) and c.leave <= c.enter
             assert r < 1 or name == "evit" or c.leave == c.enter
             n = c.leave
 
 
+class Given(Score):
+    """Scores that are known beforehand, (n,), the same for every image."""
+
+    name = words = "given"
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, call):
+        return self.scores.expand(call.x.shape[0], -1)
+
+
 @given(st.integers(2, 30), st.data(), st.integers(0, 3), st.booleans(), seeds)
+@torch.no_grad()
 def test_selection(n, data, prefix, invert, seed):
     k = data.draw(st.integers(1, n))
     torch.manual_seed(seed)
-    x, static = torch.randn(2, prefix + n, 5), torch.randn(n)
-    every = torch.arange(n).expand(2, -1)
-    stage = Stage(Method("static", "drop", "before", "floor", ""), invert, None).eval()
-    out = stage(Tokens(x, every, every), prefix, k, None, static, None, None)
-    assert torch.equal(out.x[:, :prefix], x[:, :prefix])  # prefix tokens stay, in front
-    assert out.x.shape[1] == prefix + k
+    size = {"img_size": (1, n), "patch_size": 1, "in_chans": 1, "embed_dim": 6, "depth": 1, "num_heads": 1}
+    model = VisionTransformer(**size, class_token=False, reg_tokens=prefix, global_pool="avg", num_classes=2).eval()
+    static, seen = torch.randn(n), []
+    with patch.dict(METHODS, given=Method(Given(static), "drop", "before", "floor", "")):
+        tpbook.prune(model, "given", keep=k, invert=invert)
+    for module in (model.blocks[0], model.blocks[0].norm1):  # before and after the choice
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with tpbook.trace(model) as t:
+        model(torch.randn(2, 1, 1, n))
+    (x, out), [chosen] = seen, t.kept
+    assert torch.equal(out[:, :prefix], x[:, :prefix])  # prefix tokens stay, in front
+    assert out.shape[1] == prefix + k and x.shape[1] == prefix + n
     for b in range(2):
-        assert torch.equal(out.x[b, prefix:], x[b, prefix + out.patch[b]])
-        kept = static[out.patch[b]]
-        others = static[[i for i in range(n) if i not in out.patch[b].tolist()]]
+        assert torch.equal(out[b, prefix:], x[b, prefix + chosen[b]])
+        kept = static[chosen[b]]
+        others = static[[i for i in range(n) if i not in chosen[b].tolist()]]
         if k < n:
             assert kept.max() <= others.min() if invert else kept.min() >= others.max()
 

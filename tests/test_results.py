@@ -1,5 +1,8 @@
 import json
 import re
+import runpy
+import shutil
+import subprocess
 from itertools import product
 from pathlib import Path
 
@@ -7,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tpbook import results
-from tpbook.baselines import pool
+import tpbook
+from notebooks.pooling import POOLING
+from tpbook.book import results
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"
 
@@ -46,19 +50,27 @@ def test_points():
     assert results.points(comparison, interval=False) == "+1.2 ± 0.5"
 
 
-def test_pool(small, images):
+def test_pooling(small, images, monkeypatch):
+    """Before block 2 the means of 2 × 2 neighbours take the patches' places, and the model runs on."""
+    monkeypatch.setitem(tpbook.METHODS, "pooling", POOLING)
     model = small("deit")
-    x, dense = images(model), None
+    x, seen = images(model), []
+    hook = model.blocks[1].register_forward_hook(lambda block, args, y: seen.append(y))
     with torch.no_grad():
         dense = model(x)
-        handle = pool(model, 2)
-        assert model.forward_features(x).shape[1] == 1 + 36 // 4
-        handle.remove()
-        assert torch.equal(model(x), dense)
-    with pytest.raises(ValueError, match="at must be a block from 0 to 5, got 6"):
-        pool(model, 6)
-    with pytest.raises(ValueError, match="even grid.*7 × 7"):
-        pool(small("deit", img_size=112), 2)
+        hook.remove()
+        grid = seen[0][:, 1:].unflatten(1, (6, 6))
+        means = grid.unflatten(1, (3, 2)).unflatten(3, (3, 2)).mean((2, 4)).flatten(1, 2)  # (B, 9, C)
+        y = torch.cat([seen[0][:, :1], means], dim=1)
+        for block in model.blocks[2:]:
+            y = block(y)
+        tpbook.prune(model, "pooling", at=(2,), keep_ratio=0.25)
+        assert torch.allclose(model(x), model.forward_head(model.norm(y)), atol=1e-6)
+        assert torch.equal(tpbook.unprune(model)(x), dense)
+        for wrong in ({"img_size": 112}, {}):
+            with pytest.raises(ValueError, match="7 × 7|4 to be kept"):
+                odd = small("deit", **wrong)
+                tpbook.prune(odd, "pooling", at=(2,), keep_ratio=0.25 if wrong else 0.125)(images(odd))
 
 
 def test_the_committed_matrix_is_whole():
@@ -103,6 +115,33 @@ def test_rows_and_what_made_them(tmp_path):
 def test_the_commit_is_named():
     commit = results.provenance()["commit"]  # None outside a Git checkout
     assert commit is None or re.fullmatch(r"[0-9a-f]{12,40}(-dirty)?", commit)
+
+
+@pytest.mark.parametrize("where, named, ours", [
+    ("tpbook", "tpbook", True), ("tpbook", "reader", False), ("tpbook", None, False), ("lib/tpbook", "tpbook", False),
+])  # fmt: skip
+def test_the_commit_is_that_of_tpbook(tmp_path, where, named, ours):
+    """And not of a reader's repository that the package was installed in."""
+    module = tmp_path / where / "book/results.py"
+    module.parent.mkdir(parents=True)
+    shutil.copy(results.__file__, module)
+    if named:
+        (tmp_path / "pyproject.toml").write_text(f'[project]\nname = "{named}"\n')
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "reader's"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout[:12]
+    commit = runpy.run_path(str(module))["provenance"]()["commit"]
+    assert commit == (head if ours else None)
+    module.write_text(module.read_text() + "\n")
+    assert runpy.run_path(str(module))["provenance"]()["commit"] == (f"{head}-dirty" if ours else None)
+
+
+def test_the_commit_of_a_copy_without_git(tmp_path):
+    (tmp_path / "tpbook/book").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "tpbook"\n')
+    shutil.copy(results.__file__, tmp_path / "tpbook/book/results.py")
+    assert runpy.run_path(str(tmp_path / "tpbook/book/results.py"))["provenance"]()["commit"] is None
 
 
 def test_the_committed_reproduction_is_whole():

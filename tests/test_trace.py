@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import held
 
 import tpbook
 
@@ -11,7 +12,7 @@ import tpbook
 @torch.no_grad()
 def test_eval(small, images, method, keep_ratio):
     model = tpbook.prune(small(), method, keep_ratio=keep_ratio)
-    x = images(model)
+    x, was = images(model), held(model)
     torch.manual_seed(4)
     want = model(x)
     torch.manual_seed(4)
@@ -27,7 +28,9 @@ def test_eval(small, images, method, keep_ratio):
             assert len(patches.unique()) == len(patches) and patches.max() < 36
     for before, after in zip(t.kept, t.kept[1:]):
         assert all(set(a.tolist()) <= set(b.tolist()) | {-1} for a, b in zip(after, before))
-    assert "_trace" not in model.__dict__ and not model.norm._forward_hooks
+    assert held(model) == was and not any(m._forward_hooks for m in model.modules())
+    model(x[:1])
+    assert t.features.shape[0] == 2  # nobody looks any more
 
 
 @pytest.mark.parametrize("method", ["dtps", "etps"])
@@ -65,13 +68,14 @@ def test_evit_trains_by_gathering(small, images):
 
 def test_last_forward_and_errors(small, images):
     model = tpbook.prune(small(), "random")
+    before = held(model)
     with tpbook.trace(model) as t:
         model(images(model))
         model(images(model, batch=3))
     assert len(t.kept) == 3 and t.kept[0].shape[0] == 3
     with pytest.raises(AssertionError), tpbook.trace(model):
         model(torch.zeros(1, 3, 7, 7))
-    assert "_trace" not in model.__dict__
+    assert held(model) == before
     with pytest.raises(TypeError, match="VisionTransformer"), tpbook.trace(torch.nn.Linear(1, 1)):
         pass
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import tpbook
 from tpbook import data, train
-from tpbook.recipes import budget, make, read
+from tpbook.training import loop, setup
+from tpbook.training.recipes import budget, make, read, written
 
 TOP = Path(__file__).parent.parent
 TINY = {"train_images": 40, "test_images": 50, "batch": 20, "lr": 1e-4}
@@ -60,7 +61,6 @@ def test_committed_recipes_are_whole(path):
         ({"precision": "fp8"}, ValueError, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ({"keep_warmup": [1]}, TypeError, r"keep_warmup must be tuple.*got \[1\]"),
         ({"method": "evit", "mask_ratio": 0.5}, ValueError, "mask_ratio must be 0 where a method prunes"),
-        ({"method": "evit", "pool_at": 6}, ValueError, "pool_at must be -1 where tokens are pruned or masked, got 6"),
         ({"batch": True}, TypeError, "batch must be int, got True"),
         ({"smoothing": 2}, ValueError, r"smoothing must lie in \[0, 1\], got 2.0"),
     ],
@@ -106,7 +106,6 @@ def test_recipe_files(tmp_path):
         {"method": "dtps", "keep_ratio": 0.3, "teacher": "pretrained", "token_loss": "kl", "precision": "bf16"},
         {**LEARNED, "accumulate": 2, "clip_grad": 1.0},
         {"method": "random", "keep_ratio": [0.7, 0.5], "at": [2, 4]},
-        {"pool_at": 6},
     ],
     ids=lambda keys: "-".join(str(v) for v in keys.values())[:40],
 )
@@ -122,7 +121,7 @@ def test_every_kind_of_run(tmp_path, keys):
     assert any(not torch.equal(start[k], v) for k, v in weights(tmp_path).items() if k in start)
 
     model = train.load(tmp_path)
-    assert isinstance(model, tpbook.engine.PrunedViT) == ("method" in keys)
+    assert tpbook.engine.is_pruned(model) == ("method" in keys)
     if keys.get("method") != "random":
         test = data.digits("test")
         chosen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:50]
@@ -240,7 +239,7 @@ def stop(tmp_path, monkeypatch):
 
     def run(**keys):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(loop, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
             go(tmp_path / "run", epochs=2, eval_every=1, **keys)
         assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["epoch-0001", "metrics.jsonl"]
         return tmp_path / "run"
@@ -322,6 +321,18 @@ def test_loss_that_is_no_number(tmp_path):
         ({"accumulate": 3}, ValueError, "batch must be a multiple of processes × accumulate = 3, got 20"),
         ({"method": "evit", "options": {"similarity": "cosine"}}, TypeError, "option 'similarity' is not known"),
         ({"method": "evit", "at": [99]}, ValueError, "99"),
+        ({"precision": "fp16"}, ValueError, "precision must be fp32 or bf16 on a CPU.*got 'fp16'"),
+        (
+            {"teacher": "resnet18"},
+            FileNotFoundError,
+            "teacher must be '', 'start', 'pretrained', 'random', a checkpoint",
+        ),
+        (
+            {"start": ""},
+            FileNotFoundError,
+            "start must be 'pretrained', 'random', a checkpoint file or the folder.*got ''",
+        ),
+        ({"model": "resnet18", "start": "random"}, TypeError, "model must be of a known family"),
     ],
 )
 def test_misuse(tmp_path, monkeypatch, keys, error, words):
@@ -343,6 +354,56 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     train.main([recipe, *pairs, "epochs=1", "keep_ratio=[0.7,0.5,0.3]", f"out={tmp_path}"])
     assert "of 50 test images right" in capsys.readouterr().out
     assert train.load(tmp_path).keep_ratio == (0.7, 0.5, 0.3)
+    for word, says in (
+        ("keep_ratio=[", r"keep_ratio must be a value in YAML, got '\['"),
+        ("keep_ratio", "key=value must follow, got 'keep_ratio'"),
+        ("seed=", "seed must be int, got None"),
+        ("out=", "out must name a folder, got ''"),
+        ("teacher=resnet18", "teacher must be '', 'start', .* got 'resnet18'"),
+    ):
+        with pytest.raises(SystemExit, match=f"tpbook.train: .*{says}"):
+            train.main([recipe, *pairs, f"out={tmp_path / 'none'}", word])
+    assert not (tmp_path / "none").exists()
+    train.main(["--help"])
+    assert "RECIPE.yaml" in capsys.readouterr().out
+
+
+def test_words_of_a_command_line(monkeypatch):
+    """Lists go without brackets, no text is none, and a text stays what it is."""
+    given = {}
+    monkeypatch.setattr(train, "run", lambda recipe, out, **keys: given.update(keys, out=out) or {"accuracy": {
+        "right": 1, "n": 2, "percent": 50.0,
+    }})  # fmt: skip
+    words = ("keep_ratio=0.7,0.5,0.3", "at=3,6,9", "teacher=", "out=2024", "data=2024", "lr=1e-3", "auto_augment=a,b",
+             "keep_warmup=[0, 2]", "options={fuse: false}", "seed=3")  # fmt: skip
+    train.main(["recipe.yaml", *words])
+    assert given == {
+        "keep_ratio": [0.7, 0.5, 0.3], "at": [3, 6, 9], "teacher": "", "out": "2024", "data": "2024", "lr": "1e-3",
+        "auto_augment": "a,b", "keep_warmup": [0, 2], "options": {"fuse": False}, "seed": 3,
+    }  # fmt: skip
+    recipe = make({key: value for key, value in given.items() if key != "out"})
+    assert recipe.keep_ratio == (0.7, 0.5, 0.3) and recipe.teacher == "" and recipe.lr == 0.001
+
+
+def test_runs_of_older_versions(tmp_path):
+    """Keys that have gone are passed over where they said nothing, as in every committed result."""
+    committed = sorted((TOP / "notebooks" / "results" / "imagenette").glob("*.json"))
+    recipes = [json.loads(path.read_text())["training"] for path in committed]
+    recipes = [training["recipe"] for training in recipes if training]
+    assert len(recipes) > 30 and all(recipe["pool_at"] == -1 for recipe in recipes)
+    for recipe in recipes:
+        assert written(recipe).method == recipe["method"]
+    with pytest.raises(ValueError, match="unknown recipe key 'pool_at'"):
+        written(recipes[0] | {"pool_at": 6})
+
+    first = go(tmp_path)
+    result = tmp_path / "result.json"
+    for pool_at in (-1, 6):
+        result.write_text(json.dumps(first | {"recipe": {**first["recipe"], "pool_at": pool_at}}))
+        if pool_at == -1:
+            assert go(tmp_path)["correct"] == first["correct"] and train.load(tmp_path).num_classes == 10
+    with pytest.raises(ValueError, match="result.json is of another run: unknown recipe key 'pool_at'"):
+        go(tmp_path)
 
 
 def test_load_wants_a_finished_run(tmp_path):
@@ -394,7 +455,7 @@ def test_classes_that_only_the_test_set_has(photographs):
 
 def test_head_rows_are_those_of_the_classes(photographs, monkeypatch):
     full = train.new_model("vit_tiny_patch16_224", 1000).eval()
-    monkeypatch.setattr(train, "load_backbone", lambda name, **kwargs: full)
+    monkeypatch.setattr(setup, "load_backbone", lambda name, **kwargs: full)
     recipe = make({"data": "tiny", "model": "vit_tiny_patch16_224", "head": "data"})
     classes = train.load_data(recipe)[0]
     x = torch.randn(1, 3, 224, 224)
@@ -405,6 +466,17 @@ def test_head_rows_are_those_of_the_classes(photographs, monkeypatch):
         torch.testing.assert_close(narrow(x), logits)
     with pytest.raises(ValueError, match="has 2 classes and data 'tiny' has 1000"):
         train.build(make({"data": "tiny", "model": "vit_tiny_patch16_224"}), classes)
+
+
+def test_both_heads_of_a_distilled_model_keep_their_rows(photographs, monkeypatch):
+    name = "deit_tiny_distilled_patch16_224"
+    full = train.new_model(name, 1000, embed_dim=48, num_heads=3, depth=1).eval()
+    monkeypatch.setattr(setup, "load_backbone", lambda name, **kwargs: full)
+    recipe = make({"data": "tiny", "model": name, "head": "data"})
+    classes, heads = train.load_data(recipe)[0], (full.head, full.head_dist)
+    narrow = train.build(recipe, classes)
+    for head, old in zip((narrow.head, narrow.head_dist), heads):
+        assert torch.equal(head.weight, old.weight[list(classes)]) and torch.equal(head.bias, old.bias[list(classes)])
 
 
 def test_repeated_augmentation_sees_fewer_images_more_often(photographs):

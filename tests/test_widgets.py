@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+import runpy
 import statistics
 import struct
 import time
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,11 @@ import torch
 from PIL import Image
 
 import tpbook
-from tpbook import data, flops, widgets
-from tpbook.backbones import DIGITS, load_trained_digits
+from tpbook import data, flops
+from tpbook.book import looks, widgets
+from tpbook.weights import DIGITS, load_trained_digits
 
-WEIGHTS = Path(tpbook.__file__).parent / "weights"
+WEIGHTS = Path(tpbook.__file__).parent / "pretrained"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def digits():
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 1.0])
 def test_a_state_is_what_the_model_did(digits, method, ratio):
     name, options = widgets.CHOICES[method]
-    if tpbook.METHODS[name].score == "predictor":
+    if tpbook.METHODS[name].score.learned:
         model = load_trained_digits(method, keep_ratio=ratio)
     else:
         model = tpbook.prune(tpbook.load_backbone(DIGITS), name, keep_ratio=ratio, **options)
@@ -154,6 +157,9 @@ def test_the_pages_part_is_safe_to_embed():
     html = widgets.page({"credit": "</script><script>alert(1)</script>"})
     assert html.count("</script>") == 1
     assert json.loads(html[html.index("{") : html.rindex("}") + 1])["credit"].startswith("</script>")
+    html = widgets.page({"credit": "<!--<script>", "left": 1})
+    assert "<!--" not in html and html.count("<script") == html.count("</script>") == 1
+    assert json.loads(html[html.index("{") : html.rindex("}") + 1])["credit"] == "<!--<script>"
     with pytest.raises(ValueError):
         widgets.page({"speed": float("nan")})
 
@@ -202,7 +208,7 @@ def test_the_widget_answers_with_states(asked, digits):
         for ratio, at in ((0.5, [3, 6, 9]), (0.37, [3, 6, 9])):
             model = widget.models[method]
             reply = asked(widget, kind="state", image=1, method=method, ratio=ratio, at=at)
-            if tpbook.METHODS[name].score != "predictor":
+            if not tpbook.METHODS[name].score.learned:
                 model = tpbook.prune(tpbook.load_backbone(DIGITS), name, keep_ratio=ratio, at=at, **options)
             assert {key: reply[key] for key in ("kept", "host", "top")} == widgets.state(model, digits.images[1:2])
             assert reply["total"] == flops.closed_form(model).total and "ms" in reply["speed"]
@@ -241,6 +247,38 @@ def test_the_widget_leaves_the_readers_model_alone(small):
     assert torch.equal(model(torch.ones(1, 3, 96, 96)), before)
 
 
+def test_what_was_trained_is_shown(small, asked):
+    """Also for a method that needs no training by itself, and under the name that its options have."""
+    evit = tpbook.prune(small(), "evit", score="predictor", keep_ratio=0.5)
+    dropping = tpbook.prune(small(), "evit", score="predictor", keep_ratio=0.5, fuse=False, at=(2, 4))
+    for one in (evit, dropping):  # random, but not as the explorer's own would be
+        torch.nn.init.normal_(one.score_predictor[0].out_conv[-2].weight)
+    x = torch.randn(3, 96, 96)
+    widget = widgets.explorer(small(), [x], trained=[evit, dropping])
+    for name, one in (("evit", evit), ("evit, no fusion", dropping)):
+        reply = asked(widget, kind="state", image=0, method=name, ratio=0.5, at=list(one.pruning.at))
+        assert {key: reply[key] for key in ("kept", "host", "top")} == widgets.state(one, x[None])
+        assert reply["total"] == flops.closed_form(one).total
+    reply = asked(widget, kind="state", image=0, method="evit, no fusion", ratio=0.5, at=[1])
+    assert reply["error"] == "EViT, no fusion was trained to prune in blocks (2, 4); choose those"
+    reply = asked(widget, kind="state", image=0, method="etps", ratio=0.5, at=[1])
+    assert len(reply["kept"]) == 1, "the others are as before"
+    with pytest.raises(ValueError, match="trained must hold one model a method, got two of 'evit'"):
+        widgets.explorer(small(), trained=[evit, evit])
+
+
+def test_a_trained_model_opens_at_its_own_blocks(small):
+    trained = tpbook.prune(small(), "dtps", keep_ratio=0.5, at=(2, 4))
+    shown = widgets.explorer(small(), trained=[trained], method="dtps").data["sets"][0]
+    assert shown["at"] == [2, 4] and widgets.explorer(small(), trained=[trained]).data["sets"][0]["at"] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("ratio", [Fraction(1, 2), np.float32(0.5), np.array(0.5)])
+def test_the_widget_opens_at_any_number(small, ratio):
+    widget = widgets.explorer(small(), keep_ratio=ratio, at=np.array([1, 2]))
+    assert json.loads(json.dumps(widget.data["start"]))["ratio"] == 0.5 and widget.data["sets"][0]["at"] == [1, 2]
+
+
 def test_the_widget_offers_trained_models(small):
     trained = tpbook.prune(small(), "dynamicvit", keep_ratio=0.5)
     assert list(widgets.explorer(small(), trained=[trained]).models)[0] == "dynamicvit"
@@ -251,9 +289,9 @@ def test_the_widget_offers_trained_models(small):
 
 
 @pytest.mark.parametrize("arguments, error, said", [
-    ((3,), TypeError, "VisionTransformer or the name of one, got int"),
+    ((3,), TypeError, "model must be of a known family .*VisionTransformer.*got builtins.int"),
     (("no_such_model",), ValueError, "no_such_model"),
-    ((torch.nn.Linear(2, 2),), TypeError, "got Linear"),
+    ((torch.nn.Linear(2, 2),), TypeError, "known family.*got torch.*Linear"),
 ])  # fmt: skip
 def test_the_widget_refuses(arguments, error, said):
     with pytest.raises(error, match=said):
@@ -265,7 +303,13 @@ def test_the_widget_refuses(arguments, error, said):
     ({"keep_ratio": 0, "method": "dtps"}, ValueError, r"keep_ratio must lie in \(0, 1\], got 0"),
     ({"keep_ratio": [0.5, 0.5, 0.5]}, TypeError, r"keep_ratio must be one number, got \[0.5"),
     ({"at": [12]}, ValueError, "at must hold indices from 0 to 11, got 12"),
+    ({"at": ()}, ValueError, r"at must name at least one block.*got \(\)"),
+    ({"method": ["evit"]}, ValueError, r"method must be one of .*got \['evit'\]"),
     ({"images": ["nowhere.png"]}, FileNotFoundError, "nowhere.png"),
+    ({"images": "cat.jpg"}, TypeError, "images must be a list of pictures, got str"),
+    ({"images": [3]}, TypeError, "a picture must be a path, bytes or a PIL image, got int"),
+    ({"images": [torch.zeros(3, 56, 56)]}, ValueError, r"must be \(1, 56, 56\), got \(3, 56, 56\)"),
+    ({"trained": torch.nn.Linear(2, 2)}, TypeError, "trained must be a list of pruned models, got Linear"),
 ])  # fmt: skip
 def test_the_widget_refuses_a_start_that_cannot_be(arguments, error, said):
     with pytest.raises(error, match=said):
@@ -278,6 +322,36 @@ def test_a_model_without_class_token_is_pruned_at_random(small, asked):
     assert len(asked(widget, kind="state", image=0, method="random", ratio=0.5, at=[1, 3])["kept"]) == 2
     with pytest.raises(ValueError, match="method must be one of random for this model, got 'evit'"):
         widgets.explorer(small("siglip"))
+
+
+def test_models_of_other_libraries(asked):
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(96, 16, 3, 3, 48, 96, num_classes=7).eval()
+    torch.nn.init.normal_(model.heads.head.weight)
+    widget = widgets.explorer(model, [Image.effect_noise((90, 120), 50)], method="etps")
+    x = widget.inputs[0]
+    assert x.shape == (1, 3, 96, 96) and widget.data["sets"][0]["classes"] == [str(i) for i in range(7)]
+    reply = asked(widget, kind="state", image=0, method="etps", ratio=0.5, at=[1])
+    with torch.inference_mode(), tpbook.trace(tpbook.prune(model, "etps", keep_ratio=0.5, at=(1,))) as t:
+        best = model(x)[0].softmax(0).max(0)
+    assert reply["top"][0] == [int(best.indices), pytest.approx(float(best.values), abs=6e-5)]
+    assert list(base64.b64decode(reply["host"][0])) == t.host[0][0].tolist()
+    assert reply["tokens"] == [37, 19, 19]
+
+
+def test_a_model_without_logits(small):
+    with pytest.raises(ValueError, match="model must classify, but VisionTransformer gives no logits"):
+        widgets.explorer(small(num_classes=0, global_pool=""))
+
+
+def test_methods_that_are_added_are_shown(monkeypatch):
+    mine = tpbook.Method("class_attention", "squeeze", "between", "floor", "nobody")
+    monkeypatch.setitem(tpbook.METHODS, "mine", mine)
+    shown = runpy.run_path(looks.__file__, {"__package__": "tpbook.book"}, "tpbook.book.again")
+    assert shown["CHOICES"]["mine"] == ("mine", {})
+    assert shown["LOOKS"]["mine"].title == "mine"
+    assert shown["LOOKS"]["mine"].colour not in {look.colour for look in looks.LOOKS.values()}
 
 
 def test_the_widget_refuses_methods_it_cannot_show(small):

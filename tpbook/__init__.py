@@ -1,4 +1,4 @@
-"""Token pruning in vision transformers: four methods, one engine, any timm ViT::
+"""Token pruning in vision transformers: many methods, one engine, the models that people have::
 
 import timm, tpbook
 
@@ -10,15 +10,24 @@ with tpbook.trace(model) as t:                # look inside: t.kept, t.host, t.s
 tpbook.unprune(model)                         # exactly the model it was
 """
 
-from . import data, flops, losses
-from .backbones import load_backbone, load_checkpoint
+import importlib
+
+from . import moved
 from .engine import prune, unprune
-from .exporting import export
 from .masking import mask, unmask
-from .methods import METHODS, Method
-from .tracing import Trace, trace
+from .methods import METHODS, Method, register
+from .tracing import Trace, to_grid, trace
 
 __version__ = "0.1.0"
+
+# what is heavy is loaded when first asked for: name → (module, name in it, or None for the module)
+_LATER = {
+    "data": (".data", None), "digits": (".digits", None), "flops": (".flops", None), "losses": (".losses", None),
+    "bench": (".bench", None), "train": (".train", None), "widgets": (".book.widgets", None),
+    "export": (".exporting", "export"), "load_backbone": (".weights", "load_backbone"),
+    "load_checkpoint": (".weights", "load_checkpoint"),
+}  # fmt: skip
+
 __all__ = [
     "METHODS",
     "Method",
@@ -31,7 +40,24 @@ __all__ = [
     "losses",
     "mask",
     "prune",
+    "register",
+    "to_grid",
     "trace",
     "unmask",
     "unprune",
 ]
+
+moved.install()
+
+
+def __getattr__(name):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    loaded = importlib.import_module(module, __name__)
+    globals()[name] = getattr(loaded, attribute) if attribute else loaded
+    return globals()[name]
+
+
+def __dir__():
+    return sorted({*globals(), *_LATER})

@@ -3,17 +3,19 @@
     python -m tpbook.bench                                            # DeiT-Ti: four methods, three ρ, batch 1 and 8
     python -m tpbook.bench model=deit_small_patch16_224 batch=[8,32] dtype=[float32,bfloat16] out=bench.json
     python -m tpbook.bench method=[evit] keep_ratio=[0.7] image_size=[224,384,512] mode=[eager,compiled]
-    python -m tpbook.bench mode=training batch=32 dtype=bfloat16      # whole training steps; half precision by autocast
+    python -m tpbook.bench mode=training batch=32 dtype=bfloat16      # training steps; half precision by autocast
 
-Every key takes one value or a list, and every combination is measured; `Plan` has them all. With `out=NAME.json` the
-rows are written there, with where and when they were measured, and drawn beside it as NAME.svg.
+Every key takes one value or a list, and every combination is measured; `Plan` has them all. A ratio a stage is a list
+in the list, `keep_ratio=[[0.7,0.5,0.3]]`. With `out=NAME.json` the rows are written there, with where and when they
+were measured, and drawn beside it as NAME.svg. Until the last is measured they are lines of NAME.part.jsonl, which
+stays where a run is stopped.
 
 What is compared runs in one process, in turn, in a new order each round. Of the rounds' quotients, medians with their
 95 % intervals (by order statistics)::
 
     × dense       t(dense) / t(pruned)    dense: timm's model as it comes, with fused attention, in the same mode
     efficiency    t(bound) / t(pruned)    bound: the same backbone slices off as many tokens at the same places
-                                          (`Sliced`), with fused or explicit attention, whichever is faster; in
+                                          (`sliced`), with fused or explicit attention, whichever is faster; in
                                           eager mode
     × eager       t(eager) / t(pruned)    of a compiled model
     × parts       t(pruned) / t(parts)    of a training step that distils: a dense step, and the teacher's forward
@@ -23,29 +25,25 @@ Weights are random: no time here depends on them.
 Chapter: :doc:`/book/speed`
 """
 
-import copy
-import functools
-import os
+import json
 import sys
-import time
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 
 import timm
 import torch
-import yaml
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from scipy.stats import quantile_test
-from torch import nn
-from torch.distributed._tools.mem_tracker import MemTracker
 
-from . import results, train
+from .book import results
 from .engine import prune, unprune
-from .recipes import PRECISIONS, Recipe
+from .families import family_of
+from .timing.bound import sliced
+from .timing.clock import interleaved, peak_memory, said, times
+from .timing.rows import forwards, training_steps
+from .training.recipes import parse
 
-DISTILLING = ("dynamicvit", "dtps", "etps")  # whose recipes have a teacher
+__all__ = ["Plan", "interleaved", "main", "peak_memory", "plot", "run", "said", "sliced", "times"]
+
 DTYPES = ("float32", "bfloat16", "float16")
 NAMES = {"times_dense": "× dense", "efficiency": "efficiency", "times_eager": "× eager", "times_parts": "× parts"}
 MODES = ("eager", "compiled", "graphs", "training")
@@ -57,9 +55,9 @@ class Plan:
 
     model: tuple = ("deit_tiny_patch16_224",)  # timm models
     method: tuple = ("dynamicvit", "evit", "dtps", "etps")  # () measures the dense model alone
-    keep_ratio: tuple = (0.7, 0.5, 0.3)
+    keep_ratio: tuple = (0.7, 0.5, 0.3)  # each a number, or a tuple of one a stage
     batch: tuple = (1, 8)
-    dtype: tuple = ("float32",)  # of DTYPES: weights, input and arithmetic
+    dtype: tuple = ("float32",)  # of DTYPES: weights, input and arithmetic; of training steps, that of autocast
     image_size: tuple = (0,)  # pixels; 0 is the model's own
     mode: tuple = ("eager",)  # of MODES: "compiled" by torch.compile, "graphs" as CUDA graphs too, "training" steps
     device: str = "cpu"
@@ -78,8 +76,18 @@ class Plan:
             for value in getattr(self, key):
                 if value not in allowed:
                     raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-        if "graphs" in self.mode and torch.device(self.device).type != "cuda":
+        ratios = (tuple(ratio) if isinstance(ratio, list) else ratio for ratio in self.keep_ratio)
+        object.__setattr__(self, "keep_ratio", tuple(ratios))
+        try:
+            kind = torch.device(self.device).type
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must be one of PyTorch's, such as cpu or cuda:1, got {self.device!r}") from error
+        if "graphs" in self.mode and kind != "cuda":
             raise ValueError(f"mode 'graphs' needs device=cuda, got {self.device!r}")
+        if "training" in self.mode and "float16" in self.dtype and kind == "cpu":
+            raise ValueError(
+                "dtype must be float32 or bfloat16 for training on a CPU, got 'float16': it has no autocast to it"
+            )
         for name in self.model:
             if not timm.is_model(name):
                 raise ValueError(f"model must be a timm model (timm.list_models()), got {name!r}")
@@ -89,110 +97,30 @@ class Plan:
                 if not isinstance(value, int) or value < least:
                     raise ValueError(f"{key} must be an int of at least {least}, got {value!r}")
 
+    def check(self):
+        """Make every model and prune it in every way, so that what cannot be is known before anything is timed.
 
-def interleaved(calls, rounds=30, warmup=3, device="cpu"):
-    """Seconds that each call takes: all of them in turn, round after round, in a new order each round.
-
-    Args:
-        calls: dict: name → function without arguments.
-        rounds: how often each is called.
-        warmup: how often each is called before that.
-        device: where they compute; a GPU is waited for.
-
-    Returns:
-        dict: name → (rounds,) float64 seconds, in the order of the rounds.
-    """
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    names, taken = list(calls), {name: [] for name in calls}
-    order = torch.Generator().manual_seed(0)
-    for r in range(warmup + rounds):
-        for i in torch.randperm(len(names), generator=order).tolist():
-            wait()
-            begun = time.perf_counter()
-            calls[names[i]]()
-            wait()
-            if r >= warmup:
-                taken[names[i]].append(time.perf_counter() - begun)
-    return {name: torch.tensor(seconds, dtype=torch.float64) for name, seconds in taken.items()}
+        Raises:
+            ValueError, TypeError: a method, ρ or image size that a model cannot have, or a device that is not there.
+        """
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # the latter where PyTorch is built without it
+            raise ValueError(f"device must be one that is there, got {self.device!r}: {error}") from error
+        for name, size in product(self.model, self.image_size):
+            dense = _dense(name, size)
+            family_of(dense)
+            for method, ratio in product(self.method, self.keep_ratio):
+                unprune(prune(dense, method, keep_ratio=ratio))
 
 
-def times(seconds, of):
-    """How many times as fast: the quotients of two calls, round by round.
-
-    Args:
-        seconds: (rounds,) of a call.
-        of: (rounds,) of the call that it is compared to.
-
-    Returns:
-        list: median of `of` / `seconds`, and the lower and upper end of its 95 % interval.
-    """
-    quotients = of / seconds
-    interval = quantile_test(quotients.numpy(), p=0.5).confidence_interval(0.95)
-    return [quotients.quantile(0.5).item(), float(interval.low), float(interval.high)]
-
-
-def said(ratio):
-    """What `times` found, for a table: 1.52 [1.49, 1.55]."""
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*ratio)
-
-
-class Sliced(nn.Module):
-    """The slicing bound: what a pruned model's token counts cost if choosing were free.
-
-    At each stage the first n_s patch tokens stay, which is a slice; a learned score is computed and ignored.
-
-    Args:
-        model: a model pruned by `tpbook.prune`, in eval mode. It stays as it is; its parameters are shared.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        model = _copy(model)
-        self.pruning, self.score_predictor = model.pruning, getattr(model, "score_predictor", None)
-        self.model = unprune(model)  # nothing listens to its attention
-
-    def forward(self, images):
-        """(B, in_chans, H, W) → (B, classes)."""
-        model, pruning = self.model, self.pruning
-        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))  # (B, P + N, C)
-        prefix = model.num_prefix_tokens
-        counts = pruning.counts(x.shape[1] - prefix)
-        for i, block in enumerate(model.blocks):
-            if i not in pruning.at:
-                x = block(x)
-                continue
-            s = pruning.at.index(i)
-            stay = prefix + counts[s].leave
-            if pruning.method.score == "predictor":
-                self.score_predictor[s](x[:, prefix:])
-            if pruning.method.place == "before":
-                x = block(x[:, :stay])
-            else:
-                x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-                x = x[:, :stay]
-                x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return model.forward_head(model.norm(x))
-
-
-def peak_memory(call, device="cpu"):
-    """The most bytes that a call holds at once, beyond what was held before it; of tensors, in eager mode."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with MemTracker() as tracker:
-        call()
-    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    return sum(held for kind, held in peak.items() if getattr(kind, "value", "") in ("Activation", "Temp", "Other"))
-
-
-def run(plan, say=print):
+def run(plan, say=print, keep=None):
     """Measure a plan.
 
     Args:
-        plan: a `Plan`.
+        plan: a `Plan`; all of it is checked before anything is timed.
         say: takes a line of text for each row.
+        keep: takes each row as soon as it is measured.
 
     Returns:
         list of dicts, one for each model, image size, dtype, batch, mode and method ("dense", then the plan's for each
@@ -206,134 +134,46 @@ def run(plan, say=print):
     """
     if plan.threads:
         torch.set_num_threads(plan.threads)
+    plan.check()
     rows = []
     for name, size, dtype in product(plan.model, plan.image_size, plan.dtype):
-        dense = timm.create_model(name, **({"img_size": size} if size else {}))
-        dense = dense.eval().to(plan.device, getattr(torch, dtype))
+        dense = _dense(name, size).to(plan.device, getattr(torch, dtype))
+        family = family_of(dense)
+        height, width = family.image_size(dense)
         for batch in plan.batch:
-            height, width = dense.patch_embed.img_size
-            images = torch.randn(batch, dense.in_chans, height, width).to(plan.device, getattr(torch, dtype))
+            images = torch.randn(batch, family.channels(dense), height, width).to(plan.device, getattr(torch, dtype))
             shared = {"model": name, "image_size": height, "dtype": dtype, "batch": batch}
             for i, ratio in enumerate(plan.keep_ratio if plan.method else (1.0,)):
-                for measure, modes in ((_forwards, set(plan.mode) - {"training"}), (_training, {"training"})):
-                    if modes & set(plan.mode):
-                        measured = measure(plan, dense, images, ratio, shared)
-                        for row in measured:
-                            say(_line(row))
-                        rows += [row for row in measured if i == 0 or row["method"] != "dense"]  # the dense rows once
+                for measure, modes in ((forwards, set(plan.mode) - {"training"}), (training_steps, {"training"})):
+                    if not modes & set(plan.mode):
+                        continue
+                    for row in measure(plan, dense, images, ratio, shared):
+                        say(_line(row))
+                        if i == 0 or row["method"] != "dense":  # the dense rows once
+                            rows.append(row)
+                            if keep is not None:
+                                keep(row)
     return rows
 
 
-@torch.inference_mode()
-def _forwards(plan, dense, images, ratio, shared):
-    """Rows of what takes turns: the dense model and every method at one ρ, in every mode but training."""
-    modes = [mode for mode in plan.mode if mode != "training"]
-    pruned = {method: prune(_copy(dense), method, keep_ratio=ratio) for method in plan.method}
-    every = {"dense": dense, **pruned}
-    models = {(mode, method): _in_mode(mode, model) for mode in modes for method, model in every.items()}
-    if "eager" in modes:
-        models["eager", "dense", "explicit"] = _with_attention(dense, "explicit")
-        for method, attention in product(pruned, ("fused", "explicit")):
-            models["eager", method, attention] = _with_attention(Sliced(pruned[method]), attention)
-    calls = {key: lambda model=model: model(images) for key, model in models.items()}
-
-    load = os.getloadavg()[0]
-    seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
-    rows = []
-    for mode, method in product(modes, ("dense", *pruned)):
-        own = seconds[mode, method]
-        row = _row(plan, shared, mode, method, ratio, own, load)
-        if method != "dense":
-            row["times_dense"] = times(own, seconds[mode, "dense"])
-        elif mode == "eager":
-            row["times_explicit"] = times(own, seconds["eager", "dense", "explicit"])
-        if mode == "eager":
-            row["memory_mb"] = peak_memory(calls[mode, method], plan.device) / 1e6
-            if method != "dense":
-                bounds = {attention: seconds["eager", method, attention] for attention in ("fused", "explicit")}
-                row["attention"] = min(bounds, key=lambda attention: bounds[attention].median())
-                row["efficiency"] = times(own, bounds[row["attention"]])
-        elif "eager" in modes:
-            row["times_eager"] = times(own, seconds["eager", method])
-        rows.append(row)
-    return rows
-
-
-def _row(plan, shared, mode, method, ratio, seconds, load):
-    """What every row says."""
-    return {
-        **shared, "mode": mode, "method": method, "keep_ratio": 1.0 if method == "dense" else ratio,
-        "ms": 1e3 * seconds.median().item(), "images_per_second": shared["batch"] / seconds.median().item(),
-        "rounds": plan.rounds, "load": round(load, 2),
-    }  # fmt: skip
-
-
-def _training(plan, dense, images, ratio, shared):
-    """Rows of training steps, as `tpbook.train` takes them: loss terms, backward, optimiser. Weights are float32."""
-    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[shared["dtype"]]
-    AcceleratorState._reset_state()  # an earlier group may have had another precision
-    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=torch.device(plan.device).type == "cpu")
-    images, labels = images.float(), torch.randint(dense.num_classes, (len(images),), device=images.device)
-    teacher = copy.deepcopy(dense).float().requires_grad_(False)
-    calls = {"teacher": functools.partial(train.taught, accelerator, teacher, images)}
-    for method in ("dense", *plan.method):
-        distils = method in DISTILLING
-        recipe = Recipe(
-            model=shared["model"], method="" if method == "dense" else method, keep_ratio=ratio, precision=precision,
-            teacher="start" if distils else "", token_loss="kl" if method == "dtps" else "mse",
-        )  # fmt: skip
-        model = train.adapt(recipe, copy.deepcopy(dense).float()).to(images.device).train()
-        wrapped, optimizer = accelerator.prepare(model, train.optimizer_of(recipe, model))
-        given = (recipe, accelerator, wrapped, model, teacher if distils else None, images, labels)
-        calls[method] = functools.partial(_step, given, accelerator, optimizer)
-
-    load = os.getloadavg()[0]
-    seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
-    rows = []
-    for method in ("dense", *plan.method):
-        own = seconds[method]
-        row = _row(plan, shared, "training", method, ratio, own, load)
-        if method != "dense":
-            row["times_dense"] = times(own, seconds["dense"])
-        if method in DISTILLING:
-            row["times_parts"] = times(seconds["dense"] + seconds["teacher"], own)
-        rows.append(row)
-    return rows
-
-
-def _step(given, accelerator, optimizer):
-    accelerator.backward(train.terms_of(*given)["total"])
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _copy(model):
-    """A copy with the same parameters, so that no variant finds its weights colder than another."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def _with_attention(model, attention):
-    """A copy whose attention is timm's "fused" or "explicit"."""
-    model = _copy(model)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = attention == "fused"
-    return model
-
-
-def _in_mode(mode, model):
-    if mode == "eager":
-        return model
-    return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if mode == "graphs" else None)
+def _dense(name, size):
+    return timm.create_model(name, **({"img_size": size} if size else {})).eval()
 
 
 def _line(row):
     """A row as it is printed."""
-    line = "{model} {image_size} {dtype} batch {batch} {mode} {method:10} ρ {keep_ratio:<4} {ms:8.2f} ms".format(**row)
+    shown = {**row, "keep_ratio": _ratio(row["keep_ratio"])}
+    line = "{model} {image_size} {dtype} batch {batch} {mode} {method:10} ρ {keep_ratio:<4} {ms:8.2f} ms".format(
+        **shown
+    )
     for key, name in NAMES.items():
         if key in row:
             line += f"   {name} {said(row[key])}"
     return line
+
+
+def _ratio(ratio):
+    return ", ".join(map(str, ratio)) if isinstance(ratio, tuple) else str(ratio)
 
 
 def plot(rows):
@@ -341,43 +181,72 @@ def plot(rows):
     import pandas as pd
     import seaborn as sns
 
-    from . import plots
+    from .book import plots
 
     plots.style()
     table = pd.DataFrame([row for row in rows if "times_dense" in row])
     table["× dense"] = [ratio[0] for ratio in table.pop("times_dense")]
     table["what"] = table.model.str.cat([table.image_size.astype(str), table.dtype, table["mode"]], sep=" ")
+    if any(isinstance(ratio, tuple) for ratio in table.keep_ratio):
+        table["keep_ratio"] = table.keep_ratio.map(_ratio)
     table = table.rename(columns={"keep_ratio": "keep ratio ρ"})
     grid = sns.relplot(
-        table, x="keep ratio ρ", y="× dense", hue="method", palette=plots.COLOURS, style="batch", markers=True,
-        kind="line", col="what", col_wrap=2, height=3.2,
+        table, x="keep ratio ρ", y="× dense", hue="method", style="batch", markers=True, kind="line", col="what",
+        col_wrap=2, height=3.2, palette=plots.COLOURS if set(table.method) <= set(plots.COLOURS) else None,
     )  # fmt: skip
     grid.set_titles("{col_name}").refline(y=1, color="black", lw=1)
     return grid.figure
 
 
+class Lines:
+    """A file of what was measured until now: the plan, and where and when, then a line for each row as it comes.
+
+    An older one is replaced by the first row.
+    """
+
+    def __init__(self, path, plan):
+        self.path, self.plan, self.begun = path, plan, False
+
+    def keep(self, row):
+        """Write one row."""
+        with self.path.open("a" if self.begun else "w") as file:
+            if not self.begun:
+                file.write(json.dumps({"plan": asdict(self.plan), "run": results.provenance()}) + "\n")
+            file.write(json.dumps(row) + "\n")
+        self.begun = True
+
+
 def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any("=" not in pair for pair in arguments):
-        sys.exit(__doc__)
-    keys = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in arguments)}
-    out = keys.pop("out", None)
+    """The command."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    lines = None
     try:
-        known = [field.name for field in fields(Plan)]
+        kinds = {field.name: field.type for field in fields(Plan)} | {"out": str}
+        keys = parse(words, kinds)
+        out = keys.pop("out", None)
         for key in keys:
-            if key not in known:
-                raise ValueError(f"key {key!r} is not known; there are out, {', '.join(known)}")
+            if key not in kinds:
+                raise ValueError(f"key {key!r} is not known; there are {', '.join(kinds)}")
         if out is not None and Path(out).suffix != ".json":
             raise ValueError(f"out must end in .json, got {out!r}")
         plan = Plan(**keys)
-        rows = run(plan)
-        if out is not None:
-            out = Path(out)
-            results.save(out.parent, out.stem, {"plan": asdict(plan), "rows": rows})
-            if plan.method:
-                plot(rows).savefig(out.with_suffix(".svg"))
+        if out is None:
+            run(plan)
+            return
+        out = Path(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = Lines(out.with_suffix(".part.jsonl"), plan)
+        rows = run(plan, keep=lines.keep)
+        results.save(out.parent, out.stem, {"plan": asdict(plan), "rows": rows})
+        lines.path.unlink()
+        if plan.method:
+            plot(rows).savefig(out.with_suffix(".svg"))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        sys.exit(f"tpbook.bench: {error}")
+        left = f" (what was measured is in {lines.path})" if lines and lines.begun and lines.path.exists() else ""
+        sys.exit(f"tpbook.bench: {error}{left}")
 
 
 if __name__ == "__main__":

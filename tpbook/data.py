@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from torchvision.transforms import Compose, Grayscale
 
 from .digits import MEAN, STD, Digits, digits
+from .families import family_of
 
 __all__ = [
     "MEAN", "STD", "Digits", "ImageNetFolder", "attribution", "class_name", "digits", "eval_transform", "imagenette",
@@ -153,9 +154,11 @@ def imagenette(split, transform=None):
 
 def eval_transform(model):
     """timm's own evaluation transform at the ViT's image size, PIL → (C, H, W): resize, centre crop, normalise."""
-    config = resolve_model_data_config(model) | {"input_size": (model.in_chans, *model.patch_embed.img_size)}
+    family = family_of(model)
+    channels = family.channels(model)
+    config = resolve_model_data_config(model) | {"input_size": (channels, *family.image_size(model))}
     transform = create_transform(**config, is_training=False)
-    return transform if model.in_chans > 1 else Compose([Grayscale(), transform])
+    return transform if channels > 1 else Compose([Grayscale(), transform])
 
 
 def get(name):

@@ -7,18 +7,19 @@ Both functions answer for eval mode, where the tokens are really gone, and leave
 Chapter: :doc:`/book/where-the-cost-is`
 """
 
-from copy import deepcopy
+import math
 from dataclasses import dataclass
 
 import torch
 from fvcore.nn import FlopCountAnalysis
-from timm.layers import AttentionPoolLatent, PatchEmbed, get_device_dtype
-from timm.models import VisionTransformer
-from timm.models.vision_transformer import Block
+from timm.layers import get_device_dtype
 from torch import nn
 
-from .engine import PrunedViT
+from .engine import is_pruned
+from .families import family_of
+from .families.family import linear_macs
 from .masking import MaskedViT
+from .methods.parts import Place
 
 
 @dataclass(frozen=True)
@@ -37,38 +38,69 @@ def sdpa_macs(inputs, outputs):
     return b * h * n * m * (d + dv)
 
 
+def multihead_macs(inputs, outputs):
+    """fvcore handle for `nn.MultiheadAttention`'s own kernel: q, k, v and the projection, QKᵀ and AV."""
+    b, n, c = inputs[0].type().sizes()
+    return b * n * c * (4 * c + 2 * n)
+
+
+def patch_macs(inputs, outputs):
+    """fvcore handle for a convolution that names its padding: every weight, at every place of the output."""
+    weight, (b, _, *sides) = inputs[1].type().sizes(), outputs[0].type().sizes()
+    return b * math.prod(weight) * math.prod(sides)
+
+
+class _Logits(nn.Module):
+    """What fvcore traces: images to one tensor, whatever the library calls its outputs."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        out = self.model(images)
+        if isinstance(out, torch.Tensor):
+            return out
+        return [value for value in (out.values() if hasattr(out, "values") else out) if isinstance(value, torch.Tensor)]
+
+
 def count(model, image_size=None):
     """MACs by fvcore's trace of one eval-mode forward, fused attention counted.
 
     Args:
-        model: a timm `VisionTransformer`, pruned or not.
+        model: a vision transformer of a known family, pruned or not.
         image_size: pixels, an int or (height, width); None is the model's own size.
 
     Returns:
         Cost: MACs as ints.
 
     Raises:
-        TypeError: the model is no timm VisionTransformer.
-        ValueError: the image does not cut into whole patches.
+        TypeError: the model is of no known family.
+        ValueError: the image does not cut into whole patches, or the family has one size.
     """
-    model, (height, width) = _at_size(model, image_size)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    family = family_of(model)
+    model, (height, width) = family.at_size(model, image_size)
+    wrapped = _Logits(model)
+    modes = {module: module.training for module in wrapped.modules()}
+    wrapped.eval()
     try:
-        image = torch.zeros(1, model.in_chans, height, width, **get_device_dtype(model))
-        flops = FlopCountAnalysis(model, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        image = torch.zeros(1, family.channels(model), height, width, **get_device_dtype(model))
+        flops = FlopCountAnalysis(wrapped, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         flops.tracer_warnings("none")
         flops.set_op_handle("aten::scaled_dot_product_attention", sdpa_macs, "aten::layer_norm", lambda *_: 0)
+        flops.set_op_handle("aten::_native_multi_head_attention", multihead_macs, "aten::_convolution_mode", patch_macs)
         with torch.no_grad():
             macs = flops.by_module()
     finally:
         for module, mode in modes.items():
             module.training = mode
-    by_block = [_under(macs, f"blocks.{i}") for i in range(len(model.blocks))]
-    if isinstance(model, PrunedViT):
-        for s, i in enumerate(model.pruning.at):
-            by_block[i] += _under(macs, f"stages.{s}") + _under(macs, f"score_predictor.{s}")
-    total, embed = int(macs[""]), int(macs["patch_embed"])
+    names = {module: name for name, module in wrapped.named_modules()}
+    by_block = [_under(macs, names[block]) for block in family.blocks(model)]
+    inside = family.inside(model)
+    if is_pruned(inside) and hasattr(inside, "score_predictor"):
+        for i, predictor in zip(inside.pruning.at, inside.score_predictor):
+            by_block[i] += _under(macs, names[predictor])
+    total, embed = int(macs[""]), _under(macs, names[family.embedding(model)])
     return Cost(total, tuple(by_block), embed, total - embed - sum(by_block))
 
 
@@ -77,68 +109,53 @@ def closed_form(model, image_size=None):
 
     A linear layer costs its weights once a token; attention over T tokens costs 2·T²·C.
 
-    Args, Returns, Raises: as `count`; also TypeError for blocks or a patch embedding other than timm's plain ones, and
-    ValueError for a model that is masked in eval mode at a ratio drawn from a range.
+    Args, Returns, Raises: as `count`; also TypeError for parts whose cost is no such sum, and ValueError for a model
+    that is masked in eval mode at a ratio drawn from a range.
     """
-    model, (height, width) = _at_size(model, image_size)
-    if type(model.patch_embed) is not PatchEmbed or any(not isinstance(block, Block) for block in model.blocks):
-        raise TypeError(f"model must have timm's PatchEmbed and Blocks, got {type(model.patch_embed).__name__}")
-    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-    n, prefix = rows * columns, model.num_prefix_tokens
-    embed = n * model.patch_embed.proj.weight.numel()
-    if isinstance(model, MaskedViT) and model.patch_drop.when == "always":
-        if isinstance(model.mask_ratio, tuple):
-            raise ValueError(f"model.mask_ratio must be one number, got the range {model.mask_ratio}: its cost varies")
-        n = model.patch_drop.visible(n, model.mask_ratio)
+    family = family_of(model)
+    model, size = family.at_size(model, image_size)
+    rows, columns = (side // patch for side, patch in zip(size, family.patch_size(model)))
+    n, prefix = rows * columns, family.prefix(model)
+    embed = n * family.patch_macs(model)
+    inside = family.inside(model)
+    if isinstance(inside, MaskedViT) and inside.patch_drop.when == "always":
+        if isinstance(inside.mask_ratio, tuple):
+            raise ValueError(f"model.mask_ratio must be one number, got the range {inside.mask_ratio}: its cost varies")
+        n = inside.patch_drop.visible(n, inside.mask_ratio)
 
-    stages = {}
-    if isinstance(model, PrunedViT):
-        stages = dict(zip(model.pruning.at, model.pruning.counts(n)))
+    stages, queries, before = {}, {}, False
+    if is_pruned(model):
+        method, counts = model.pruning.method, model.pruning.counts(n)
+        stages, before = dict(zip(model.pruning.at, counts)), method.place is Place.BEFORE
+        queries = {i: method.queries for i, s in model.pruning.listeners.items() if counts[s].kept < counts[s].enter}
     by_block = []
-    for i, block in enumerate(model.blocks):
-        tokens, macs = prefix + n, 0  # tokens that the attention sees, and that the MLP sees
-        if i in stages:
-            macs = _stage(model, i, stages[i], prefix)
-            n = stages[i].leave
-            if model.pruning.method.place == "before":
-                tokens = prefix + n
-        attention = tokens * _linear(block.attn) + 2 * tokens**2 * block.attn.num_heads * block.attn.head_dim
-        by_block.append(macs + attention + (prefix + n) * _linear(block.mlp))
-
-    head = sum(_linear(getattr(model, name)) for name in ("head", "head_dist") if hasattr(model, name))
-    if model.attn_pool is not None:
-        head += _pool(model.attn_pool, n + prefix * model.pool_include_prefix)
+    own = family_of(inside)
+    for i, block in enumerate(family.blocks(model)):
+        attention, width = own.attention(block)
+        left = stages[i].leave if i in stages else n
+        seen = prefix + (left if before else n)  # tokens that the attention sees
+        linear = linear_macs(attention), linear_macs(own.mlp(block))
+        macs = sum(block_macs(seen, prefix + left, queries.get(i), linear[0], width, linear[1]))
+        by_block.append(macs + (method.macs(stages[i], family.width(model)) if i in stages else 0))
+        n = left
+    head = family.head_macs(model, n)
     return Cost(embed + sum(by_block) + head, tuple(by_block), embed, head)
 
 
-def _stage(model, block, count, prefix):
-    """Scoring and reducing at one stage."""
-    method, dim, macs = model.pruning.method, model.embed_dim, 0
-    pruned = count.enter - count.kept
-    if not pruned:
-        return 0
-    if method.score == "predictor":
-        macs += count.enter * _linear(model.score_predictor[model.pruning.at.index(block)])
-    if model.pruning.attends:  # one row of q·Kᵀ
-        attn = model.blocks[block].attn
-        macs += (prefix + count.enter) * attn.num_heads * attn.head_dim
-    if method.reduce == "fuse":
-        macs += pruned * dim
-    if method.reduce == "squeeze":  # the similarity of every pair
-        macs += pruned * count.kept * dim
-    return macs
+def block_macs(seen, left, queries, attention, width, mlp):
+    """MACs of a block, by kind. Plain arithmetic: `tpbook.book.cost` hands it symbols.
 
+    Args:
+        seen, left: tokens that its attention sees and that its MLP gets, prefix tokens among them.
+        queries: whose rows of QKᵀ a method reads besides: "class", "all" or None.
+        attention, mlp: MACs of one token through the linear layers of each.
+        width: of all heads together.
 
-def _pool(pool, n):
-    if not isinstance(pool, AttentionPoolLatent):
-        raise TypeError(f"attn_pool must be timm's AttentionPoolLatent, got {type(pool).__name__}")
-    once = sum(_linear(layer) for layer in (pool.q, pool.proj, pool.mlp) if layer is not None)
-    return pool.latent_len * (once + 2 * n * pool.num_heads * pool.head_dim) + n * _linear(pool.kv)
-
-
-def _linear(module):
-    """MACs of one token through every linear layer in a module."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
+    Returns:
+        Linear layers; QKᵀ and AV; the rows.
+    """
+    rows = {"class": 1, "all": seen, None: 0}[queries]
+    return seen * attention + left * mlp, 2 * seen * seen * width, rows * seen * width
 
 
 def _under(macs, name):
@@ -146,20 +163,3 @@ def _under(macs, name):
     if macs.get(name):
         return int(macs[name])
     return int(sum(v for k, v in macs.items() if k.startswith(f"{name}.") and k.count(".") == name.count(".") + 1))
-
-
-def _at_size(model, image_size):
-    """The model at that input size (a resized copy where the model cannot take it as it is), and the size."""
-    if not isinstance(model, VisionTransformer):
-        raise TypeError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
-    own = tuple(model.patch_embed.img_size)
-    if image_size is None:
-        return model, own
-    size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    patch = model.patch_embed.patch_size
-    if len(size) != 2 or any(not isinstance(s, int) or s <= 0 or s % p for s, p in zip(size, patch)):
-        raise ValueError(f"image_size must be one or two multiples of the patch size {patch}, got {image_size!r}")
-    if size != own and not model.dynamic_img_size:
-        model = deepcopy(model)
-        model.set_input_size(size)
-    return model, size

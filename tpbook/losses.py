@@ -83,15 +83,20 @@ def dynamicvit(
         dict: "cls", "ratio_sum", "logit_kl", "token", "total".
 
     Raises:
+        TypeError: `keep_ratios` is no sequence.
         ValueError: an unknown `token`; the trace holds no decisions, or another number of stages than `keep_ratios`;
             or only one of the teacher's outputs is given.
     """
     if token not in TOKEN:
         raise ValueError(f"token must be one of {', '.join(TOKEN)}, got {token!r}")
+    try:
+        keep_ratios = tuple(keep_ratios)
+    except TypeError as error:
+        raise TypeError(f"keep_ratios must be a sequence, one ratio a stage, got {keep_ratios!r}") from error
     if len(trace.decisions) != len(keep_ratios) or not trace.decisions:
         raise ValueError(
             f"keep_ratios must have one ratio a stage that decided in training mode: "
-            f"{len(trace.decisions)} did, got {tuple(keep_ratios)}"
+            f"{len(trace.decisions)} did, got {keep_ratios}"
         )
     if (teacher_logits is None) != (teacher_features is None):
         raise ValueError("teacher_logits and teacher_features must be given both or neither")

@@ -18,10 +18,13 @@ import math
 from fractions import Fraction
 
 import torch
-from timm.layers.patch_dropout import PatchDropout, patch_dropout_forward
+from timm.layers import PatchDropout
 from timm.models import VisionTransformer
 
-from .engine import PrunedViT, check_seed, decimals, fast_attention, mixed
+from .checks import check_name, check_seed, decimals
+from .engine import is_pruned
+from .mixing import enter, leave
+from .tokens import drop
 
 WHEN = ("train", "always")
 
@@ -43,6 +46,9 @@ class PatchMask(PatchDropout):
         self.__dict__["replaced"] = replaced  # behind nn.Module's back: it takes no part while it is replaced
         self.record = None  # a Trace
 
+    def __getstate__(self):
+        return {**self.__dict__, "record": None}  # a copy of the model is not looked at
+
     def visible(self, patches, ratio):
         """How many of N = `patches` patches stay in view: ⌊(1 − r)·N⌋ in exact decimal arithmetic, at least 1."""
         return max(1, math.floor(patches * (1 - Fraction(str(ratio)))))
@@ -50,27 +56,28 @@ class PatchMask(PatchDropout):
     def forward(self, x):
         """(B, P + N, C) tokens with their positions → (B, P + n, C)."""
         if self.record is not None:
-            self.record.clear()
+            self.record.visible = None
         if not (self.training or self.when == "always"):
             return x
-        if self.seed is None:
-            return self._hide(x)
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            return self._hide(x)
-
-    def _hide(self, x):
-        ratio, patches = self.ratio, int(x.shape[1]) - self.num_prefix_tokens
+        ratio, prefix = self.ratio, self.num_prefix_tokens
+        batch, patches = x.shape[0], int(x.shape[1]) - prefix
+        for_ratio, for_order = ({}, {}) if self.seed is None else _generators(self.seed, x.device)
         if isinstance(ratio, tuple):
-            ratio = ratio[0] + (ratio[1] - ratio[0]) * torch.rand(()).item()
+            ratio = ratio[0] + (ratio[1] - ratio[0]) * torch.rand((), **for_ratio).item()
         n = self.visible(patches, ratio)
         if n == patches:
             return x
-        # timm keeps ⌊N·(1 − prob)⌋ in floats; aimed between two whole numbers it keeps n
-        x, chosen = patch_dropout_forward(x, 1 - (n + 0.5) / patches, self.num_prefix_tokens, False, True)
+        visible = torch.randn(batch, patches, device=x.device, **for_order).argsort(dim=1)[:, :n]  # (B, n)
         if self.record is not None:
-            self.record.visible = chosen
-        return x
+            self.record.visible = visible
+        return torch.cat([x[:, :prefix], drop(x, visible, prefix)], dim=1)
+
+
+def _generators(seed, device):
+    """Where a seed says what to draw from: of the CPU, and of the device; one where they are the same."""
+    cpu = torch.Generator().manual_seed(seed)
+    own = cpu if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+    return {"generator": cpu}, {"generator": own}
 
 
 class MaskedViT:
@@ -85,12 +92,15 @@ class MaskedViT:
     def mask_ratio(self, ratio):
         self.patch_drop.ratio = _check_ratio(ratio)
 
-    def forward_features(self, images, *args, **kwargs):
-        """timm's `forward_features` on the visible patches: (B, in_chans, H, W) → (B, P + n, C)."""
-        if not self.training:
-            return super().forward_features(images, *args, **kwargs)
-        with fast_attention(self, images):
-            return super().forward_features(images, *args, **kwargs)
+    def forward_intermediates(self, *args, **kwargs):
+        """Refused while patches may be hidden: those that are left make no map.
+
+        Raises:
+            RuntimeError: in training mode, and with `when="always"`.
+        """
+        if self.training or self.patch_drop.when == "always":
+            raise RuntimeError("a masked model has no feature maps: tpbook.unmask it first")
+        return super().forward_intermediates(*args, **kwargs)
 
 
 def mask(model, ratio=0.5, *, when="train", seed=None):
@@ -114,18 +124,18 @@ def mask(model, ratio=0.5, *, when="train", seed=None):
         TypeError, ValueError: an argument that cannot be used, a pruned model or a masked one. The model is as it was.
     """
     if not isinstance(model, VisionTransformer):
-        raise TypeError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
-    if isinstance(model, PrunedViT):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"model must be a timm VisionTransformer, whose patch_drop hides patches; got {kind}")
+    if is_pruned(model):
         raise ValueError(f"model must not be pruned, and it is by {model.pruning.name!r}: tpbook.unprune it first")
     if isinstance(model, MaskedViT):
         raise ValueError("model is masked already: set model.mask_ratio, or tpbook.unmask it first")
     ratio = _check_ratio(ratio)
-    if when not in WHEN:
-        raise ValueError(f"when must be one of {', '.join(WHEN)}, got {when!r}")
+    check_name("when", when, WHEN)
     check_seed(seed)
     hide = PatchMask(ratio, model.num_prefix_tokens, when, seed, model.patch_drop)
     model.patch_drop = hide.train(model.training)
-    model.__class__ = mixed(MaskedViT, type(model))
+    enter(model, MaskedViT)
     return model
 
 
@@ -144,7 +154,7 @@ def unmask(model):
     if not isinstance(model, MaskedViT):
         raise ValueError(f"model must be masked by tpbook.mask, got a plain {type(model).__name__}")
     model.patch_drop = model.patch_drop.replaced.train(model.training)
-    model.__class__ = type(model)._base
+    leave(model)
     return model
 
 

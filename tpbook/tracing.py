@@ -5,9 +5,25 @@ Chapter: :doc:`/book/a-tour-of-keep-ratios`
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from timm.models import VisionTransformer
+import torch
 from torch import Tensor
+
+from .checks import check_name
+from .families import family_of
+from .mixing import enter, leave
+from .tokens import Tokens
+
+
+class Seen(NamedTuple):
+    """What one stage adds to a record: those of the lists below that apply to it."""
+
+    scores: Tensor
+    kept: Tensor | None
+    host: Tensor | None
+    decisions: Tensor | None
+    entered: Tensor
 
 
 @dataclass
@@ -29,9 +45,43 @@ class Trace:
     """(B, n) int64, the patches that a masked model saw, in token order; None where it saw all."""
     features: Tensor | None = None
     """(B, n, C), the final patch tokens after the last norm, for distillation."""
+    entered: list[Tensor] = field(default_factory=list)
+    """One (B, n, C) a stage, the patch tokens that entered it, before any norm."""
+    grid: tuple = ()
+    """(rows, columns) of the N patches of an image of the model's own size."""
+    norm: object = field(default=None, repr=False)
+    """What brings the tokens of `entered` to the scale of `features`: the last norm."""
 
-    def clear(self):
-        self.__init__()
+    def fill(self, record):
+        """Replace what an earlier forward left by one `Seen` a stage."""
+        self.kept = [seen.kept for seen in record if seen.kept is not None]
+        self.host = [seen.host for seen in record if seen.host is not None]
+        self.scores = [seen.scores for seen in record]
+        self.entered = [seen.entered for seen in record]
+        self.decisions = [seen.decisions for seen in record if seen.decisions is not None]
+
+
+class Traced:
+    """Mixed into the class of the last norm, ahead of its own class."""
+
+    def forward(self, x, *args, **kwargs):
+        """What the norm gives; of `Tokens`, `Tokens`."""
+        through = isinstance(x, Tokens) and not hasattr(self, "_last")  # a norm, not the last block
+        y = super().forward(x.x if through else x, *args, **kwargs)  # (B, P + n, C)
+        if self._plan.trace is not None:
+            self._plan.trace.features = (y.x if isinstance(y, Tokens) else y)[:, self._plan.prefix :]
+        y = x.replace(x=y) if through else y
+        return self._plan.family.hand_on(y, self._plan.prefix) if isinstance(y, Tokens) else y
+
+
+class Listening:
+    """In the place of a `Plan` while a model that is not pruned is traced."""
+
+    def __init__(self, prefix):
+        self.prefix, self.trace = prefix, None
+
+    def __getstate__(self):
+        return {**self.__dict__, "trace": None}  # a copy of the model is not looked at
 
 
 @contextmanager
@@ -43,35 +93,105 @@ def trace(model):
         t.kept[0]      # (B, n_1)
 
     Several forwards leave the record of the last one. A model that is not pruned gives `features`, and `visible` where
-    it is masked.
+    it is masked. Compiled models are traced too.
 
     Args:
-        model: a timm `VisionTransformer`, pruned or not.
+        model: a vision transformer of a known family, pruned or not.
 
     Yields:
         Trace: filled by each forward.
 
     Raises:
-        TypeError: the model is no timm VisionTransformer.
+        TypeError: the model is of no known family; the message says which there are.
     """
-    if not isinstance(model, VisionTransformer):
-        raise TypeError(f"model must be a timm VisionTransformer, got {type(model).__name__}")
-    record, outer = Trace(), model.__dict__.get("_trace")
-
-    def keep_features(norm, args, x):  # x (B, P + n, C)
-        record.features = x[:, model.num_prefix_tokens :]
-
-    hook = model.norm.register_forward_hook(keep_features)
-    model._trace = record
-    hides = model.patch_drop if hasattr(model, "mask_ratio") else None
+    family = family_of(model)
+    record = Trace(grid=tuple(family.grid(model)), norm=family.norm(model))
+    norm, hides = record.norm, getattr(model, "patch_drop", None) if hasattr(model, "mask_ratio") else None
+    if "_plan" not in norm.__dict__:
+        with _listening(norm, family.prefix(model)), trace(model) as record:
+            yield record
+        return
+    plan = norm._plan
+    outer, plan.trace = plan.trace, record
     if hides is not None:
         hides.record = record
     try:
         yield record
     finally:
-        hook.remove()
+        plan.trace = outer
         if hides is not None:
             hides.record = outer
-        model._trace = outer
-        if outer is None:
-            del model._trace
+
+
+@contextmanager
+def _listening(norm, prefix):
+    enter(norm, Traced, _plan=Listening(prefix))
+    try:
+        yield
+    finally:
+        leave(norm, "_plan")
+
+
+FILLS = ("host", "zero", "nearest", "last_seen")
+
+
+def to_grid(features, trace, fill="host", *, grid=None):
+    """Lay what is left of the patches on the map again, for heads and methods that want one::
+
+        with tpbook.trace(model) as t:
+            model(images)
+        tpbook.to_grid(t.features, t, fill="nearest")     # (B, C, H, W)
+
+    Args:
+        features: (B, n, C) of the tokens that are left after the last stage, in their order: `trace.features`, or their
+            gradients, or what a hook saw (without prefix tokens). Fused tokens have no place and are left out.
+        trace: the `Trace` of that forward.
+        fill: what a patch gets whose token is gone: "host", its host's features (methods that squeeze); "zero";
+            "nearest", those of the nearest patch that is left, the first of equally near ones; "last_seen", its own
+            token as it entered the stage that removed it, after the last norm.
+        grid: (rows, columns) of patches; None is that of the model's own image size.
+
+    Returns:
+        (B, C, rows, columns).
+
+    Raises:
+        ValueError: an unknown `fill`, "host" without hosts, or a grid or features that do not fit the trace.
+    """
+    check_name("fill", fill, FILLS)
+    rows, columns = trace.grid if grid is None else grid
+    patches, (batch, n, channels) = rows * columns, features.shape
+    every = torch.arange(patches, device=features.device).expand(batch, -1)  # (B, N)
+    kept = trace.kept[-1] if trace.kept else every  # (B, n)
+    if kept.shape != (batch, n) or kept.max() >= patches:
+        raise ValueError(
+            f"features must be those of the {tuple(kept.shape)} tokens that are left, on a grid of {patches} patches; "
+            f"got {tuple(features.shape)} and {rows} × {columns}"
+        )
+
+    def put(grid, patch, tokens):  # row N takes what has no place
+        return grid.scatter(1, (patch % (patches + 1)).unsqueeze(-1).expand_as(tokens), tokens)
+
+    laid = put(features.new_zeros(batch, patches + 1, channels), kept, features)
+    if fill == "host":
+        if trace.kept and not trace.host:
+            raise ValueError("fill='host' needs a method that squeezes tokens into hosts, and the trace has none")
+        host = trace.host[-1] if trace.host else every  # (B, N)
+        laid = laid.gather(1, host.unsqueeze(-1).expand(-1, -1, channels))
+    elif fill == "nearest":
+        place = torch.cartesian_prod(*(torch.arange(side, device=features.device) for side in (rows, columns))).float()
+        alive = torch.zeros_like(laid[..., 0]).scatter(1, kept % (patches + 1), 1.0)[:, :patches] > 0  # (B, N)
+        away = torch.cdist(place, place).expand(batch, -1, -1).masked_fill(~alive.unsqueeze(1), torch.inf)  # (B, N, N)
+        laid = laid.gather(1, away.argmin(2).unsqueeze(-1).expand(-1, -1, channels))
+    elif fill == "last_seen":
+        laid = torch.zeros_like(laid)
+        for patch, tokens in zip((every, *trace.kept), trace.entered):
+            laid = put(laid, patch, _own_forward(trace.norm, tokens).to(laid.dtype))
+        laid = put(laid, kept, features)
+    return laid[:, :patches].transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def _own_forward(norm, x):
+    """The last norm of tokens, past what traces it; where the last block stands in its place, there is none."""
+    if "_last" in norm.__dict__:
+        return x
+    return super(Traced, norm).forward(x) if isinstance(norm, Traced) else norm(x)

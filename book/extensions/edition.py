@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 from docutils import nodes
 from sphinx.directives.code import LiteralInclude
@@ -11,6 +12,30 @@ from sphinx.util.nodes import make_refnode
 from sphinx_codeautolink.extension.directive import SkipMarker
 
 CHAPTER = re.compile(r"^Chapter: :doc:`/(.+)`", re.MULTILINE)
+SOURCE = re.compile(r"(?:\.\./)*(tpbook(?:/\w+)+)\.py")
+
+
+def module_of(file):
+    """The module that `tpbook/methods/evit.py`, perhaps with `../` in front, holds; None for other files."""
+    match = SOURCE.fullmatch(file)
+    return match and match[1].removesuffix("/__init__").replace("/", ".")
+
+
+def source_of(env, module):
+    """What viewcode keeps of a module: [code, tags, who uses what of it, its name]; made where nobody has asked yet."""
+    sources = vars(env).setdefault("_viewcode_modules", {})
+    if not sources.get(module):
+        file = Path(env.srcdir, *module.split("."))
+        analyzer = ModuleAnalyzer.for_file(file / "__init__.py" if file.is_dir() else file.with_suffix(".py"), module)
+        analyzer.find_tags()
+        sources[module] = analyzer.code, analyzer.tags, {}, module
+    return sources[module]
+
+
+def add_sources(app, env):
+    """Give every file of the package its page, also where nothing of it is described."""
+    for path in Path(env.srcdir).glob("tpbook/**/*.py"):
+        source_of(env, module_of(path.relative_to(env.srcdir).as_posix()))
 
 
 class Include(LiteralInclude):
@@ -18,9 +43,9 @@ class Include(LiteralInclude):
 
     def run(self):
         shown = super().run()
-        if match := re.search(r"tpbook/(\w+)\.py$", self.arguments[0]):
+        if module := module_of(self.arguments[0]):
             for block in shown:
-                block["module"], block["name"] = f"tpbook.{match[1]}", self.options.get("pyobject")
+                block["module"], block["name"] = module, self.options.get("pyobject")
             shown.insert(0, SkipMarker("next"))  # a fragment, which codeautolink could not parse
         return shown
 
@@ -32,12 +57,8 @@ def name_shown(app, document):
         module, name = block.get("module"), block.get("name")
         if not name:
             continue
-        analyzer = ModuleAnalyzer.for_module(module)
-        analyzer.find_tags()
         # viewcode makes an anchor of each object that somebody uses, and there a link back to who does
-        entry = env._viewcode_modules.get(module) or (analyzer.code, analyzer.tags, {}, module)
-        env._viewcode_modules[module] = entry
-        entry[2].setdefault(name, env.docname)
+        source_of(env, module)[2].setdefault(name, env.docname)
         line = nodes.paragraph("", "", nodes.literal("", f"{module}.{name}"), classes=["shown"])
         line["ids"] = [f"{module}.{name}"]
         line += viewcode_anchor(reftarget=f"_modules/{module.replace('.', '/')}", refid=name, refdoc=env.docname)
@@ -53,8 +74,8 @@ def link_names(app, document, docname):
             continue
         text = literal.astext()
         name = re.split(r"[(\[ ]", text)[0].rstrip(".")
-        if match := re.fullmatch(r"tpbook/(\w+)\.py", text):
-            target = f"_modules/tpbook/{match[1]}", ""
+        if module := module_of(text):
+            target = f"_modules/{module.replace('.', '/')}", ""
         elif name.startswith("tpbook.") and name in objects:
             target = objects[name].docname, objects[name].node_id
         else:
@@ -70,15 +91,23 @@ def minutes(document):
     return math.ceil(words / 200 + sum(1 for _ in document.findall(lambda n: isinstance(n, blocks))) / 4)
 
 
+BACK = re.compile(r'id="([\w.]+)">(\s*)<a class="viewcode-back" href="([^"]*/([\w-]+)\.html)#[\w.]*"')
+
+
 def lead_back(body, module, objects):
     """Mend viewcode's links from source to description, where it mixes up `tpbook.engine.prune` and `tpbook.prune`."""
 
     def mend(match):
-        name = match[1].removeprefix("tpbook.").removeprefix(f"{module.removeprefix('tpbook.')}.")
-        described = [objects[full].node_id for full in (f"{module}.{name}", f"tpbook.{name}") if full in objects]
-        return f"#{(described or [f'{module}.{name}'])[0]}\""
+        name, space, address, page = match.groups()
+        described = [
+            described.node_id for full, described in objects.items()
+            if full.startswith("tpbook.") and full.endswith(f".{name}") and described.docname.endswith(f"/{page}")
+        ]  # fmt: skip
+        exact = f"{module}.{name}"  # so is the place called where its code is shown
+        place = exact if exact in described or not described else described[0]
+        return f'id="{name}">{space}<a class="viewcode-back" href="{address}#{place}"'
 
-    return re.sub(r"#(tpbook[\w.]*)\"", mend, body)
+    return BACK.sub(mend, body)
 
 
 def complete(app, pagename, templatename, context, document):
@@ -92,10 +121,11 @@ def complete(app, pagename, templatename, context, document):
     if pagename.startswith("_modules/tpbook"):
         module = pagename.removeprefix("_modules/").replace("/", ".")
         context["body"] = lead_back(context["body"], module, app.env.get_domain("py").objects)
-        source = ModuleAnalyzer.for_module(module).code
+        package = module.rpartition(".")[0] or module
+        named = CHAPTER.findall(source_of(app.env, module)[0]) or CHAPTER.findall(source_of(app.env, package)[0])
         chapters = [
             f'<a href="{app.builder.get_relative_uri(pagename, chapter)}">{app.env.titles[chapter].astext()}</a>'
-            for chapter in CHAPTER.findall(source)
+            for chapter in named
         ]
         line = f"Explained in {' and '.join(chapters)}." if chapters else ""
     elif document is not None and pagename.startswith("book/"):
@@ -107,6 +137,7 @@ def complete(app, pagename, templatename, context, document):
 
 def setup(app):
     app.add_directive("literalinclude", Include, override=True)
+    app.connect("env-updated", add_sources)
     app.connect("doctree-read", name_shown, priority=600)  # after viewcode
     app.connect("doctree-resolved", link_names)
     app.connect("html-page-context", complete)

@@ -1,5 +1,5 @@
 // `tpbook.costExplorer(element)`: what a model costs, whole and pruned, as its reader moves the controls.
-// Every number comes from `tpbook.macs` (cost.js, loaded before); looks are in cost-explorer.css.
+// Every number comes from `tpbook.macs` (cost.js, loaded before), and so do the methods; looks are in cost-explorer.css.
 window.tpbook ??= {};
 
 (() => {
@@ -13,14 +13,6 @@ window.tpbook ??= {};
   const USUAL = { channels: 3, classes: 1000, mlp: 4, prefix: 1 }; // what no control sets; mlp = hidden / width
   const OWN = "own values";
   const PATCHES = [4, 8, 14, 16, 32];
-  const LOOKS = { // as NAMES and COLOURS of tpbook/plots.py
-    random: ["random", "#666666"],
-    dynamicvit: ["DynamicViT", "#0072B2"],
-    evit: ["EViT", "#D55E00"],
-    "evit, no fusion": ["EViT, no fusion", "#E69F00"],
-    dtps: ["dTPS", "#56B4E9"],
-    etps: ["eTPS", "#009E73"],
-  };
 
   const sizes = (patch) => {
     const [low, high] = patch < 8 ? [28, 128] : [112, 512];
@@ -69,7 +61,7 @@ window.tpbook ??= {};
     const depth = slider("depth", 2, 32, 1);
     const width = slider("width", 64, 1280, 64);
     const facts = make("p", { className: "note" });
-    const method = choice("method", Object.entries(LOOKS).map(([value, [name]]) => [value, name]));
+    const method = choice("method", Object.entries(tpbook.methods).map(([name, { title }]) => [name, title]));
     const ratio = slider("keep ratio ρ", 0.05, 1, 0.05);
     const blocks = make("fieldset", { className: "blocks" });
 
@@ -138,9 +130,9 @@ window.tpbook ??= {};
       const shape = model();
       const chosen = at();
       const rho = Number(ratio.input.value);
-      const [name, colour] = LOOKS[method.input.value];
+      const pruning = tpbook.methods[method.input.value], { title, colour } = pruning;
       const dense = tpbook.macs(shape, null);
-      const pruned = tpbook.macs(shape, tpbook.methods[method.input.value], chosen.map(() => rho), chosen);
+      const pruned = tpbook.macs(shape, pruning, chosen.map(() => rho), chosen);
 
       const same = (values) => Object.keys(values).every((key) => values[key] === shape[key]);
       preset.input.value = Object.keys(PRESETS).find((key) => same({ ...USUAL, ...PRESETS[key] })) ?? OWN;
@@ -160,12 +152,12 @@ window.tpbook ??= {};
         : saved > 0 ? `${percent(saved)} saved` : `${percent(-saved)} more`;
       total.replaceChildren(make("strong", {}, `${giga(pruned.total)} GMACs`), ` of ${giga(dense.total)} dense: ${change}`);
       const where = chosen.length
-        ? `pruned by ${name} at keep ratio ${rho} in ${chosen.length > 1 ? "blocks" : "block"} ${list(chosen)}`
+        ? `pruned by ${title} at keep ratio ${rho} in ${chosen.length > 1 ? "blocks" : "block"} ${list(chosen)}`
         : "pruned in no block";
       chart.setAttribute("aria-label", `Bar chart of the MACs of ${shape.depth} blocks. The model ${where} costs `
         + `${giga(pruned.total)} GMACs, the dense model ${giga(dense.total)}: ${change}.`);
       legend.replaceChildren(
-        swatch("dense", "dense"), swatch("pruned", name), make("span", {}, "▲ pruned block"));
+        swatch("dense", "dense"), swatch("pruned", title), make("span", {}, "▲ pruned block"));
       legend.style.setProperty("--method", colour);
 
       const share = (macs, cost) => `${giga(macs)} (${percent(macs / cost.total)})`;
@@ -238,7 +230,6 @@ window.tpbook ??= {};
       show();
     });
 
-    method.input.value = "dynamicvit";
     ratio.input.value = 0.7;
     setPreset("DeiT-S");
     show();

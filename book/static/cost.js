@@ -1,19 +1,19 @@
-// What a plain timm vision transformer costs, in multiply-accumulates (MACs): `tpbook.methods.token_counts` and
-// `tpbook.flops.closed_form` of the Python package, number for number.
+// What a plain vision transformer costs, in multiply-accumulates (MACs). Methods, count rules and closed form are data,
+// `tpbook.rules`, which tpbook/book/cost.py writes into rules.js; here numbers are put in, exactly, in BigInt.
 window.tpbook ??= {};
 
 (() => {
-  const method = (score, reduce, place, count) => ({ score, reduce, place, count });
+  const { rules } = tpbook;
+  tpbook.methods = rules.methods;
 
-  // name → a point on the three axes, and the rule of its token counts; see tpbook/methods.py
-  tpbook.methods = {
-    dynamicvit: method("predictor", "drop", "before", "floor"),
-    evit: method("class_attention", "fuse", "between", "ceil"),
-    "evit, no fusion": method("class_attention", "drop", "between", "ceil"),
-    dtps: method("predictor", "squeeze", "before", "floor"),
-    etps: method("class_attention", "squeeze", "between", "ceil"),
-    random: method("random", "drop", "before", "floor"),
-  };
+  const operators = { "+": (a, b) => a + b, "*": (a, b) => a * b, "**": (a, b) => a ** b, "//": (a, b) => a / b };
+
+  // a tree of rules.js and the numbers that its names stand for → BigInt
+  function evaluate(tree, numbers) {
+    if (!Array.isArray(tree)) return BigInt(typeof tree === "string" ? numbers[tree] : tree);
+    const [operator, ...operands] = tree;
+    return operands.map((operand) => evaluate(operand, numbers)).reduce(operators[operator]);
+  }
 
   // the decimal that a number prints as, exactly: 0.7 → [7n, 10n]
   function fraction(ratio) {
@@ -24,32 +24,29 @@ window.tpbook ??= {};
     return [BigInt(whole + part), 10n ** BigInt(part.length - Number(exponent))];
   }
 
-  // How many patch tokens enter, are kept by and leave each stage, at least one:
-  // "floor" keeps ⌊ρ₁⋯ρ_s·N⌋ of the N patches, "ceil" ⌈ρ_s·n⌉ of the n tokens that enter; fusing adds one.
-  //   patches: N; ratios: one ρ a stage; method: {count, reduce}   →   [{enter, kept, leave}]
-  tpbook.counts = (patches, ratios, { count, reduce }) => {
-    let [n, above, below] = [patches, 1n, 1n]; // ρ₁⋯ρ_s = above / below
+  // How many patch tokens enter, are kept by and leave each stage; at least one is kept.
+  //   patches: N; ratios: one ρ a stage; method: {count: {of, up}, adds}   →   [{enter, kept, leave}]
+  tpbook.counts = (patches, ratios, { count: { of, up }, adds }) => {
+    let [enter, above, below] = [patches, 1n, 1n]; // ρ₁⋯ρ_s = above / below
     return ratios.map((ratio) => {
-      const [a, b] = fraction(ratio);
-      [above, below] = [above * a, below * b];
-      const exact = count === "floor" ? (BigInt(patches) * above) / below : (BigInt(n) * a + b - 1n) / b;
-      const enter = n;
-      const kept = Math.max(1, Number(exact));
-      n = reduce === "fuse" && kept < enter ? kept + 1 : kept;
-      return { enter, kept, leave: n };
+      const share = fraction(ratio);
+      [above, below] = [above * share[0], below * share[1]];
+      const [whole, a, b] = of === "input" ? [patches, above, below] : [enter, ...share];
+      const kept = Math.max(1, Number((BigInt(whole) * a + (up ? b - 1n : 0n)) / b));
+      const leave = kept < enter ? kept + adds : kept;
+      const stage = { enter, kept, leave };
+      enter = leave;
+      return stage;
     });
   };
 
-  // MACs of one image, for P prefix tokens, N patches, C = width:
-  //   embed          N · channels · patch² · C
-  //   a block        T·4C² + 2·T²·C (q, k, v, output; QKᵀ and AV)  +  T·2·C·hidden (MLP), each for the T tokens it sees
-  //   a stage        see `stageMacs`; counts in its block
-  //   head           C · classes
+  // MACs of one image. A stage counts in its block, what it reads of an attention in the block of that.
   // model: {size, patch, channels, depth, width, hidden, classes, prefix}; method: of `tpbook.methods`, null for the
   // dense model; ratios, at: one ρ and one 0-based block a stage.
   // → {total, embed, head, by_block; tokens: those leaving each block, prefix included;
   //    quadratic: what QKᵀ and AV cost in all; stages: what each stage adds; counts}
-  tpbook.macs = ({ size, patch, channels, depth, width, hidden, classes, prefix }, method, ratios = [], at = []) => {
+  tpbook.macs = (model, method, ratios = [], at = []) => {
+    const { size, patch, depth, prefix } = model;
     if (!Number.isInteger(size / patch) || size < patch) {
       throw new RangeError(`size must be a multiple of the patch size ${patch}, got ${size}`);
     }
@@ -59,42 +56,32 @@ window.tpbook ??= {};
     if (at.some((block, s) => !Number.isInteger(block) || block >= depth || block <= (at[s - 1] ?? -1))) {
       throw new RangeError(`at must be increasing blocks from 0 to ${depth - 1}, got ${at}`);
     }
+    const cost = (tree, numbers) => evaluate(tree, { ...model, ...numbers });
     const patches = (size / patch) ** 2;
     const counts = method ? tpbook.counts(patches, ratios, method) : [];
-    const stages = counts.map((count) => stageMacs(count, method, width, prefix));
+    const works = (s) => s >= 0 && counts[s].kept < counts[s].enter; // a stage that keeps all does nothing
+    const stages = counts.map((count, s) => (works(s) ? cost(method.macs, count) : 0n));
 
-    const by_block = [];
-    const tokens = [];
-    let n = patches;
-    let quadratic = 0;
+    const [by_block, tokens, added] = [[], [], [...stages]];
+    let [n, quadratic] = [patches, 0n];
     for (let block = 0; block < depth; block++) {
       const s = method ? at.indexOf(block) : -1;
+      const hears = method ? at.indexOf(block + method.before) : -1; // the stage that reads this block's attention
       const after = s < 0 ? n : counts[s].leave;
-      const seen = prefix + (method?.place === "before" ? after : n); // tokens that the attention sees
-      n = after;
-      const products = 2 * seen ** 2 * width; // QKᵀ and AV
+      const seen = prefix + (method?.before ? after : n); // tokens that the attention sees
+      const products = cost(rules.products, { seen });
+      const heard = works(hears) ? cost(method.heard, { seen }) : 0n;
       quadratic += products;
-      by_block.push((stages[s] ?? 0) + seen * 4 * width ** 2 + products + (prefix + n) * 2 * width * hidden);
-      tokens.push(prefix + n);
+      by_block.push(cost(rules.linear, { seen, left: prefix + after }) + products + heard + (stages[s] ?? 0n));
+      if (heard) added[hears] += heard;
+      tokens.push(prefix + after);
+      n = after;
     }
-    const embed = patches * channels * patch ** 2 * width;
-    const head = width * classes;
+    const [embed, head] = [BigInt(patches) * cost(rules.embed), cost(rules.head)];
     const total = by_block.reduce((sum, macs) => sum + macs, embed + head);
-    return { total, embed, head, by_block, tokens, quadratic, stages, counts };
+    return {
+      total: Number(total), embed: Number(embed), head: Number(head), by_block: by_block.map(Number), tokens,
+      quadratic: Number(quadratic), stages: added.map(Number), counts,
+    };
   };
-
-  // Scoring and reducing at a stage that n tokens enter and k < n stay at; nothing where all stay.
-  function stageMacs({ enter, kept }, { score, reduce }, width, prefix) {
-    const pruned = enter - kept;
-    if (!pruned) return 0;
-    let macs = 0;
-    if (score === "predictor") { // C → C → C/2 → C/4 → 2
-      const [half, quarter] = [Math.floor(width / 2), Math.floor(width / 4)];
-      macs += enter * (width ** 2 + width * half + half * quarter + quarter * 2);
-    }
-    if (score === "class_attention" || reduce === "fuse") macs += (prefix + enter) * width; // one row of q·Kᵀ
-    if (reduce === "fuse") macs += pruned * width; // the weighted sum
-    if (reduce === "squeeze") macs += pruned * kept * width; // the similarity of every pruned to every kept token
-    return macs;
-  }
 })();

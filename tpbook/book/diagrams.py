@@ -1,7 +1,7 @@
 """One pruning stage as a picture: score, choose, and what becomes of the others. Needs matplotlib.
 
-Eight tokens whose three channels are their colour go through the package's own reductions, so the colours below the
-line are what `drop`, `fuse` and `squeeze` make of those above it.
+Eight tokens whose three channels are their colour go through the method's own reduction, so the colours below the line
+are what it makes of those above it.
 
 Chapter: :doc:`/book/notation`
 """
@@ -10,11 +10,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from .dynamicvit import drop
-from .evit import weighted_sum
-from .methods import METHODS
+from ..methods import METHODS
+from ..methods.parts import Call, Place
+from ..tokens import Tokens
 from .plots import COLOURS
-from .tps import squeeze
 
 # (8, 3): sky, sky, bird, bird, sky, grass, grass, sky
 TOKENS = torch.tensor(
@@ -22,15 +21,8 @@ TOKENS = torch.tensor(
      [0.55, 0.78, 0.95], [0.35, 0.65, 0.30], [0.40, 0.70, 0.35], [0.50, 0.75, 0.92]]
 )  # fmt: skip
 SCORES = torch.tensor([0.10, 0.05, 0.24, 0.30, 0.04, 0.12, 0.06, 0.03])  # of attention; the class token has the rest
-SAY = {
-    "predictor": "score: a small network", "class_attention": "score: the class token's attention",
-    "random": "score: chance", "keep": "keep 4 of 8, ρ = 0.5", "drop": "the others are dropped",
-    "fuse": "the others are summed into one new token", "squeeze": "each of the others goes to the most similar",
-}  # fmt: skip
-HIDE = {
-    "random": "no score: chance, anew for each image", "keep": "4 of 8 are visible",
-    "drop": "the others are hidden: not there",
-}  # fmt: skip
+KEEP = 4
+MASKED = "no score: chance, anew for each image", "4 of 8 are visible", "the others are hidden: not there"
 
 
 def stage(method):
@@ -42,32 +34,29 @@ def stage(method):
     Returns:
         A matplotlib figure, as wide as a phone.
     """
-    how = METHODS["random" if method == "masked" else method]
-    colour, say = COLOURS.get(method, COLOURS["random"]), SAY | (HIDE if method == "masked" else {})
-    scores = torch.full((8,), 1 / 8) if how.score == "random" else SCORES
-    kept = torch.tensor([1, 3, 4, 6]) if how.score == "random" else scores.topk(4).indices.sort().values
+    masked = method == "masked"
+    how, colour = METHODS["random" if masked else method], COLOURS.get(method, COLOURS["random"])
+    say = MASKED if masked else (how.score.words, f"keep {KEEP} of 8, ρ = 0.5", how.reduce.words)
+    chance = how.score.drawn
+    scores = torch.full((8,), 1 / 8) if chance else SCORES
+    kept = torch.tensor([1, 3, 4, 6]) if chance else scores.topk(KEEP).indices.sort().values
     others = torch.tensor([i for i in range(8) if i not in kept])
-    x, host = TOKENS.unsqueeze(0), None
-    after = drop(x, kept.unsqueeze(0))  # (1, 4, 3)
-    if how.reduce == "fuse":
-        after = torch.cat([after, weighted_sum(drop(x, others.unsqueeze(0)), scores[others].unsqueeze(0))], dim=1)
-    if how.reduce == "squeeze":
-        after, host = squeeze(after, drop(x, others.unsqueeze(0)))
+    after, host = reduced(how, torch.cat([kept, others]), scores)
 
     figure, ax = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     ax.set(xlim=(-0.7, 9.7), ylim=(-0.9, 8.5), aspect="equal")
     ax.axis("off")
-    _place(ax, how.place, colour, "in training only, before block 0" if method == "masked" else "here")
+    _place(ax, how.place is Place.BEFORE, colour, "in training only, before block 0" if masked else "here")
     _row(ax, 5.6, range(8), TOKENS)
-    ax.text(-0.45, 4.9, say[how.score], fontsize=10)
+    ax.text(-0.45, 4.9, say[0], fontsize=10)
     for i, score in enumerate(scores.tolist()):
         ax.add_patch(Rectangle((i + 0.85, 3.35), 0.5, 4.4 * score, color=colour, alpha=1 if i in kept else 0.35))
-    ax.text(-0.45, 2.75, say["keep"], fontsize=10)
+    ax.text(-0.45, 2.75, say[1], fontsize=10)
     _row(ax, 1.9, range(8), TOKENS, faint=others.tolist(), outline=(kept.tolist(), colour))
-    ax.text(-0.45, -0.75, say[how.reduce], fontsize=10)
-    places = kept.tolist() + [8] * (after.shape[1] - 4)
-    _row(ax, 0.2, places, after[0], outline=(places, colour), names=[*(kept + 1).tolist(), "Σ"])
-    ends = [8] * 4 if how.reduce == "fuse" else kept[host[0]].tolist() if how.reduce == "squeeze" else []
+    ax.text(-0.45, -0.75, say[2], fontsize=10)
+    places = kept.tolist() + [8] * how.reduce.adds
+    _row(ax, 0.2, places, after, outline=(places, colour), names=[*(kept + 1).tolist(), "Σ"])
+    ends = host[others].tolist() if how.reduce.hosts else [8] * KEEP * how.reduce.adds
     for i, end in zip(others.tolist(), ends):
         ax.annotate("", (end + 1.1, 0.95), (i + 1.1, 1.8), arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3})
     if not ends:
@@ -76,12 +65,25 @@ def stage(method):
     return figure
 
 
-def _place(ax, place, colour, word):
+def reduced(method, order, scores):
+    """What a method makes of `TOKENS`, those to keep first in `order` (8,), where the attention is `scores` (8,).
+
+    Returns:
+        (KEEP + `adds`, 3) tokens, and (8,) the token that carries each.
+    """
+    every = torch.arange(8).unsqueeze(0)
+    tokens = Tokens(TOKENS.unsqueeze(0), (), every, every, heard=scores.unsqueeze(0))
+    call = Call(tokens, tokens.x, prefix=0, stage=0, predictor=None, grid=(1, 8), seed=None, skip=0)
+    left = method.reduce(tokens, order.unsqueeze(0), KEEP, call)
+    return left.x[0], left.host[0]
+
+
+def _place(ax, before, colour, word):
     """The block, and where in it the stage stands."""
     for left, name in ((1.2, "attention"), (5.3, "MLP")):
         ax.add_patch(FancyBboxPatch((left, 7.1), 2.6, 0.9, boxstyle="round,pad=0.05", fc="none", ec="#777777"))
         ax.text(left + 1.3, 7.55, name, ha="center", va="center", fontsize=10)
-    at = 0.35 if place == "before" else 4.6
+    at = 0.35 if before else 4.6
     ax.plot([-0.6, 9.0], [7.55, 7.55], color="#777777", lw=1, zorder=0, ls=":")
     ax.plot([at, at], [6.95, 8.15], color=colour, lw=4)
     ax.text(at, 8.25, word, ha="center" if word == "here" else "left", fontsize=10, color=colour)

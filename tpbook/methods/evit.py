@@ -16,27 +16,26 @@ Chapter: :doc:`/book/evit`
 import math
 
 import torch
+import torch.nn.functional as F
 
-from .dynamicvit import HIDDEN, drop
+from ..attention import heard
+from ..tokens import drop, in_float32
+from .dynamicvit import Drop
+from .parts import Reduce, Score
 
 
-def class_attention(attn, qkv, keep=None):
+def class_attention(q, k, scale, keep=None):
     """One row of the attention matrix: how much the class token, the first, looks at each token.
 
     Args:
-        attn: the timm `Attention` that made `qkv`.
-        qkv: (B, T, 3·H·D), the output of `attn.qkv`.
+        q, k: (B, H, T, D), queries and keys of an attention.
+        scale: usually 1 / √D.
         keep: (B, T) mask of the tokens that count, or None for all.
 
     Returns:
         (B, T) float32, the mean over heads; prefix tokens included.
     """
-    q, k, _ = qkv.reshape(*qkv.shape[:2], 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-    q, k = attn.q_norm(q[:, :, :1]).float() * attn.scale, attn.k_norm(k).float()
-    row = q.flatten(0, 1).bmm(k.flatten(0, 1).transpose(1, 2)).view(*k.shape[:3])  # (B, H, T)
-    if keep is not None:
-        row = row + (keep + HIDDEN).log().unsqueeze(1)
-    return row.float().softmax(dim=-1).mean(dim=1)
+    return heard(q[:, :, :1], k, scale, keep=keep)
 
 
 def fuse(x, order, kept, weights, first=0):
@@ -57,6 +56,7 @@ def fuse(x, order, kept, weights, first=0):
     return torch.cat([x[:, :first], ordered[:, :kept], fused], dim=1)
 
 
+@in_float32
 def weighted_sum(x, weights):
     """x_f = Σ_i a_i x_i, in float32: (B, p, C) tokens and (B, p) weights to (B, 1, C)."""
     return weights.unsqueeze(1).bmm(x.float()).to(x.dtype)
@@ -80,3 +80,43 @@ def keep_rate(epoch, ratio, start, length):
     if epoch >= start + length:
         return ratio
     return ratio + (1 - ratio) * (1 + math.cos(math.pi * (epoch - start) / length)) / 2
+
+
+class ClassAttention(Score):
+    """The class token's row of the attention that has just run."""
+
+    name, words, queries = "class_attention", "score: the class token's attention", "class"
+
+    def __call__(self, call):
+        return call.heard
+
+
+class Fuse(Reduce):
+    """The others are summed into one token, weighed by the class token's attention; `fuse=False` drops them."""
+
+    name, words, gone = "fuse", "the others are summed into one new token", "fused"
+    queries, adds, options = "class", 1, ("fuse",)
+
+    def configure(self, fuse=True):
+        if not isinstance(fuse, bool):
+            raise TypeError(f"fuse must be True or False, got {fuse!r}")
+        return self if fuse else Drop()
+
+    def __call__(self, tokens, order, kept, call):
+        x = fuse(tokens.x, order, kept, call.heard, call.prefix)
+        patch = tokens.patch
+        if patch is not None:  # −1 is the fused token's, if there is one
+            patch = drop(patch, order[:, :kept])
+            patch = F.pad(patch, (0, x.shape[1] - call.prefix - patch.shape[1]), value=-1)
+        return tokens.replace(x=x, patch=patch)
+
+    def masked(self, tokens, keep, call):
+        alive = torch.ones_like(keep) if tokens.keep is None else tokens.keep
+        fused = weighted_sum(call.x, call.heard * alive * (1 - keep))  # (B, 1, C)
+        return tokens.replace(
+            x=torch.cat([tokens.x, fused], dim=1), patch=F.pad(tokens.patch, (0, 1), value=-1),
+            keep=F.pad(keep, (0, 1), value=1.0),
+        )  # fmt: skip
+
+    def macs(self, enter, kept, dim):
+        return (enter - kept) * dim

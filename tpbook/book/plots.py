@@ -11,18 +11,12 @@ import seaborn as sns
 import torch
 from IPython.display import Image, display
 
-from . import data
+from .. import data
+from .looks import LOOKS
 
-# Okabe and Ito's palette, told apart by colour-blind readers; the marks tell them apart in grey
-COLOURS = {
-    "dense": "#000000", "random": "#666666", "dynamicvit": "#0072B2", "evit": "#D55E00", "evit, no fusion": "#E69F00",
-    "dtps": "#56B4E9", "etps": "#009E73",
-}  # fmt: skip
-MARKS = {"dense": "D", "random": "o", "dynamicvit": "s", "evit": "^", "evit, no fusion": "v", "dtps": "P", "etps": "X"}
-NAMES = {
-    "dense": "dense", "random": "random", "dynamicvit": "DynamicViT", "evit": "EViT",
-    "evit, no fusion": "EViT, no fusion", "dtps": "dTPS", "etps": "eTPS",
-}  # fmt: skip
+COLOURS = {name: look.colour for name, look in LOOKS.items()}
+MARKS = {name: look.mark for name, look in LOOKS.items()}
+NAMES = {name: look.title for name, look in LOOKS.items()}
 
 
 def style():
@@ -58,7 +52,7 @@ def examples(model, profile):
     """A few images to draw: digits, or photographs whose licence lets them be shown.
 
     Args:
-        model: a timm `VisionTransformer`, for its input size and normalisation.
+        model: a timm model, for its input size and normalisation.
         profile: "digits" or "imagenette".
 
     Returns:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from .losses import TOKEN
-from .methods import METHODS
+from ..losses import TOKEN
+from ..methods import METHODS
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # ours → Accelerate's
+GONE = {"pool_at": -1}  # keys that older runs wrote down, with the value that said nothing
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Recipe:
     # the model
     model: str = "vit_digits_patch4_56"  # that, or a timm name
     start: str = "pretrained"  # "pretrained", "random", a checkpoint file, or the folder of an earlier run
-    teacher: str = ""  # "" for none, "start" for the model before training, or as `start`
+    teacher: str = ""  # "" for none, "start" for the model before training, or as `start`; of the same architecture
     head: str = "all"  # "data" keeps, of a 1000-way head, the rows of the classes that the data has
     drop_path: float = 0.0  # stochastic depth, growing linearly to this
 
@@ -50,7 +51,6 @@ class Recipe:
     at: tuple[int, ...] = ()  # pruned blocks; () is the method's default
     options: dict = field(default_factory=dict)  # further options of tpbook.prune
     keep_warmup: tuple[float, float] = (0, 0)  # epochs (start, length) over which the keep rate falls from 1, as EViT
-    pool_at: int = -1  # average 2 × 2 patch tokens before this block (DynamicViT's structural baseline); -1 does not
     mask_ratio: float | tuple[float, float] = 0.0
     token_loss: str = "mse"
     ratio_weight: float = 2.0
@@ -73,7 +73,7 @@ class Recipe:
     frozen: tuple[str, ...] = ()  # parameters that never learn, by the start of their name
     clip_grad: float = 0.0  # gradient norm; 0 leaves it
     ema: float = 0.0  # decay of an average of the weights, evaluated beside them; 0 keeps none
-    precision: str = "fp32"  # "fp32", "bf16" or "fp16"; the latter two by autocast
+    precision: str = "fp32"  # "fp32", "bf16" or, not on a CPU, "fp16"; the latter two by autocast
     seed: int = 0
     workers: int = 0  # data loading processes
     eval_every: int = 0  # test every so many epochs; 0 at the end only
@@ -104,8 +104,6 @@ class Recipe:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
         if self.method and self.mask_ratio != 0:
             raise ValueError(f"mask_ratio must be 0 where a method prunes, got {self.mask_ratio!r} and {self.method!r}")
-        if self.pool_at >= 0 and (self.method or self.mask_ratio != 0):
-            raise ValueError(f"pool_at must be -1 where tokens are pruned or masked, got {self.pool_at!r}")
         if self.data == "digits" and self.repeats > 1:
             raise ValueError(f"repeats must be 1 for digits, whose canvases are new each epoch; got {self.repeats!r}")
 
@@ -147,6 +145,47 @@ def make(values):
     return Recipe(**values)
 
 
+def written(values):
+    """The `Recipe` that a run wrote down, perhaps one of an older version; ValueError or TypeError as `make`."""
+    return make({key: value for key, value in values.items() if key not in GONE or value != GONE[key]})
+
+
+def parse(words, kinds):
+    """The `key=value` words of a command line: YAML; texts as they stand or quoted, lists with or without brackets.
+
+    Args:
+        words: list of texts.
+        kinds: {key: the type that its value has}, of the keys that are known.
+
+    Returns:
+        {key: value}, not checked further; the text of a key that is not known is YAML too.
+
+    Raises:
+        ValueError: a word without "=", or a value that is no YAML; the message has it.
+    """
+    values = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"key=value must follow, got {word!r}")
+        kind = kinds.get(key)
+        bare = _takes_several(kind) and "," in text and not text.strip().startswith("[")
+        try:
+            quoted = text.startswith(('"', "'"))
+            values[key] = text if kind is str and not quoted else yaml.safe_load(f"[{text}]" if bare else text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key} must be a value in YAML, got {text!r}") from error
+    return values
+
+
+def _takes_several(kind):
+    return any(one is tuple or typing.get_origin(one) is tuple for one in _one_of(kind))
+
+
+def _one_of(kind):
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def budget(name, **small):
     """What the budget of a notebook changes in a recipe.
 
@@ -170,7 +209,7 @@ def as_dict(recipe):
 
 def _fit(name, value, kind):
     """`value` as the annotated `kind`: ints become floats, lists tuples, and "1e-3", text to YAML, 0.001."""
-    for one in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+    for one in _one_of(kind):
         if typing.get_origin(one) is tuple:
             if isinstance(value, (list, tuple)):
                 inner = typing.get_args(one)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from .recipes import Recipe, as_dict
+from .recipes import as_dict, written
 
 FREE = ("workers", "log_every", "eval_every")  # recipe keys that may change when a run goes on
 MANIFEST = "manifest.json"
@@ -88,13 +88,15 @@ def save_weights(model, path):
 
 
 def _same_run(recipe, theirs, where):
-    ours, theirs = as_dict(recipe), as_dict(Recipe()) | theirs  # keys that are newer than the run have their defaults
-    differ = [
-        f"{key}={theirs.get(key)!r} there and {ours.get(key)!r} here"
-        for key in ours | theirs if key not in FREE and theirs.get(key) != ours.get(key)
-    ]  # fmt: skip
+    ours = as_dict(recipe)
+    try:
+        theirs = as_dict(written(theirs))  # keys that are newer than the run have their defaults
+        keys = [key for key in ours if key not in FREE and theirs[key] != ours[key]]
+        differ = "; ".join(f"{key}={theirs[key]!r} there and {ours[key]!r} here" for key in keys)
+    except (ValueError, TypeError) as error:  # of a method or a key that this version does not know
+        differ = str(error)
     if differ:
-        raise ValueError(f"{where} is of another run: {'; '.join(differ)}. Choose another folder with out=")
+        raise ValueError(f"{where} is of another run: {differ}. Choose another folder with out=")
 
 
 def _sum(path):

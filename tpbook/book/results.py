@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def save(folder, name, numbers):
 
 
 def provenance():
-    """dict: date, commit (None outside a Git checkout), versions and hardware of this process."""
+    """dict: date, commit (None outside a Git checkout of tpbook), versions and hardware of this process."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -52,10 +53,21 @@ def provenance():
 
 @functools.cache
 def _commit():
-    """The checkout's commit, ending in "-dirty" where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit of tpbook's own checkout, ending in "-dirty" where files differ from it; of no other repository."""
+    top = Path(__file__).resolve().parents[2]
     try:
-        ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        project = tomllib.loads((top / "pyproject.toml").read_text(encoding="utf-8"))["project"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or something else
+        return None
+    if project != "tpbook" or Path(_git(top, "rev-parse", "--show-toplevel") or "/").resolve() != top:
+        return None
+    return _git(top, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _git(folder, *command):
+    """What Git says there, or None."""
+    try:
+        ran = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:  # no Git here
         return None
     return ran.stdout.strip() or None

@@ -27,6 +27,17 @@ window.tpbook ??= {};
     return element;
   }
 
+  // HTML as it may stand in a credit → nodes: its text, and of its elements the links to the web alone
+  function lines(html) {
+    const all = document.createTreeWalker(new DOMParser().parseFromString(html, "text/html").body, NodeFilter.SHOW_TEXT), nodes = [];
+    while (all.nextNode()) {
+      const { data: text, parentElement: within } = all.currentNode, link = within.closest("a[href]");
+      if (within.closest("script, style")) continue;
+      nodes.push(/^https?:$/.test(link?.protocol) ? h("a", { href: link.href }, text) : text);
+    }
+    return nodes;
+  }
+
   // hexadecimal bit mask (first patch first) → [patch, …]
   function patchesOf(mask, patches) {
     return Array.from({ length: patches }, (_, i) => i).filter((i) => (parseInt(mask[i >> 2], 16) >> (3 - (i & 3))) & 1);
@@ -262,7 +273,7 @@ window.tpbook ??= {};
           + ` (${saved < 0 ? "+" : "−"}${percent(Math.abs(saved))}).`,
         state.speed,
       ].filter(Boolean).join(" ");
-      credit.innerHTML = image.credit ?? "";
+      credit.replaceChildren(...lines(image.credit ?? ""));
       tpbook.bars(tokens, { values: state.tokens, dense: dense.tokens, colour, format: (v) => `${v}`,
         label: `Tokens after blocks 0 to ${dense.tokens.length - 1}: ${state.tokens.join(", ")}` });
       macs.parentElement.hidden = !state.macs; // unknown of blocks other than timm's plain ones
@@ -298,8 +309,8 @@ window.tpbook ??= {};
       if (patch < 0) return "none; choose one here or in a picture";
       const gone = state.kept.findIndex((kept) => !kept.includes(patch));
       if (gone < 0) return `${place(patch)}: left to the end`;
-      const { reduce } = data.methods[request.method], host = state.host[gone]?.[patch], last = state.host.at(-1)?.[patch];
-      const after = reduce === "squeeze" ? `squeezed into ${place(host)}` : reduce === "fuse" ? "fused" : "dropped";
+      const { gone: said, hosts } = data.methods[request.method], host = state.host[gone]?.[patch], last = state.host.at(-1)?.[patch];
+      const after = hosts ? `${said} ${place(host)}` : said;
       return `${place(patch)}: ${after} at stage ${gone + 1}` + (last !== host ? `, in the end in ${place(last)}` : "");
     }
 

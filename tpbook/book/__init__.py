@@ -1,0 +1,1 @@
+"""What the book needs and the library does not: pictures, the explorer, results and experiments."""

@@ -1,0 +1,93 @@
+"""What the book's notebooks begin with: a look, the model and images of a profile, a recipe of the size of a page.
+
+Chapter: :doc:`/book/notation`
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from .. import data
+from ..training import recipes
+from ..weights import DIGITS, load_backbone
+from . import plots
+
+
+def begin(profile, out):
+    """Set the look of every figure, and make the folder that the results go to.
+
+    Args:
+        profile: "digits" (embedded) or "imagenette" (DeiT-Ti on photographs).
+        out: the folder.
+
+    Raises:
+        ValueError: an unknown profile.
+    """
+    of(profile, digits=None, imagenette=None)
+    plots.style()
+    Path(out).mkdir(parents=True, exist_ok=True)
+
+
+def of(profile, **choices):
+    """What a profile takes: `of(profile, digits=500, imagenette=250)`.
+
+    Raises:
+        ValueError: an unknown profile.
+    """
+    if profile not in choices:
+        raise ValueError(f"profile must be {' or '.join(choices)}, got {profile!r}")
+    return choices[profile]
+
+
+def backbone(profile):
+    """The dense model of a profile, and images that it has not been trained on.
+
+    Returns:
+        The digits ViT and its 797 test canvases, or DeiT-Ti and the 1,000 photographs of nips2017-dev: a model in eval
+        mode and a data set.
+    """
+    model = load_backbone(of(profile, digits=DIGITS, imagenette="deit_tiny_patch16_224"))
+    return model, data.digits("test") if profile == "digits" else data.nips2017_dev(data.eval_transform(model))
+
+
+def size(profile, budget, *, epochs, train_images, test_images, imagenette):
+    """Keys of a recipe that make it no larger than what is asked for, to be passed to `recipes.read`.
+
+    Args:
+        profile: "digits" or "imagenette".
+        budget: as of `tpbook.training.recipes.budget`; "slice" takes what follows.
+        epochs, train_images, test_images: 0 images are all (digits).
+        imagenette: how many training and test images are taken of photographs where those are 0; of one epoch at most.
+
+    Returns:
+        dict.
+    """
+    small = {"epochs": epochs, "train_images": train_images, "test_images": test_images}
+    if of(profile, digits=False, imagenette=True):
+        train, test = imagenette
+        small = {"epochs": min(epochs, 1), "train_images": train_images or train, "test_images": test_images or test}
+    return recipes.budget(budget, **small)
+
+
+def runs(out):
+    """An empty folder beside the results, for what is trained: each call of a notebook trains anew."""
+    folder = Path(out) / "runs"
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+@torch.inference_mode()
+def right(model, images, labels, batch=100):
+    """Which images a model classifies right.
+
+    Args:
+        model: gives logits (B, classes).
+        images: (n, C, H, W).
+        labels: (n,) int64.
+        batch: images a forward.
+
+    Returns:
+        (n,) bool.
+    """
+    return torch.cat([model(x).argmax(1) == y for x, y in zip(images.split(batch), labels.split(batch))])

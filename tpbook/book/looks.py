@@ -1,0 +1,56 @@
+"""How the book calls, colours and marks each method, once for figures, explorers and JavaScript.
+
+Chapter: :doc:`/book/notation`
+"""
+
+from dataclasses import replace
+from itertools import cycle
+from typing import NamedTuple
+
+from ..methods import METHODS
+
+
+class Look(NamedTuple):
+    """Of one method, everywhere."""
+
+    title: str
+    colour: str
+    mark: str  # of matplotlib
+
+
+# Okabe and Ito's palette, told apart by colour-blind readers; the marks tell them apart in grey
+_OWN = {
+    "dense": Look("dense", "#000000", "D"), "random": Look("random", "#666666", "o"),
+    "dynamicvit": Look("DynamicViT", "#0072B2", "s"), "evit": Look("EViT", "#D55E00", "^"),
+    "evit, no fusion": Look("EViT, no fusion", "#E69F00", "v"), "dtps": Look("dTPS", "#56B4E9", "P"),
+    "etps": Look("eTPS", "#009E73", "X"),
+}  # fmt: skip
+_OTHERS = (("#CC79A7", "*"), ("#F0E442", "p"), ("#882255", "h"))  # for methods that are added, under their own name
+_VARIANTS = {"evit": {"evit, no fusion": {"fuse": False}}}  # method → what is shown beside it, by options of `prune`
+
+
+def _choices():
+    for name, method in METHODS.items():
+        yield name, (name, {"seed": 0} if method.score.drawn else {})
+        for variant, options in _VARIANTS.get(name, {}).items():
+            yield variant, (name, options)
+
+
+def _looks():
+    others = cycle(_OTHERS)
+    for name in ("dense", *CHOICES):
+        yield name, _OWN[name] if name in _OWN else Look(name, *next(others))
+
+
+CHOICES = dict(_choices())
+"""How an explorer calls a method → the method, and options of `tpbook.prune`."""
+LOOKS = dict(_looks())
+"""The same names, and "dense" → `Look`."""
+
+
+def method_of(choice):
+    """The `Method` behind a name of `CHOICES`, its reduction with those options."""
+    name, options = CHOICES[choice]
+    reduce = METHODS[name].reduce
+    own = {option: options[option] for option in reduce.options if option in options}
+    return replace(METHODS[name], reduce=reduce.configure(**own))

@@ -1,0 +1,127 @@
+"""What an explorer shows, as JSON: a model, its methods, and what it does with one image at one keep ratio.
+
+Chapter: :doc:`/book/explorer`
+"""
+
+import base64
+import json
+import math
+
+import numpy as np
+import torch
+
+from .. import data, flops
+from ..checks import default_at
+from ..engine import is_pruned
+from ..families import family_of
+from ..tracing import trace
+from .looks import CHOICES, LOOKS, method_of
+
+
+def describe(model):
+    """What an explorer's JavaScript has to know of a model: grid, blocks, class names, cost of the dense model.
+
+    Args:
+        model: of a known family, not pruned, in eval mode.
+
+    Returns:
+        dict for JSON.
+
+    Raises:
+        ValueError: the model gives no logits.
+    """
+    family = family_of(model)
+    depth, grid = len(family.blocks(model)), family.grid(model)
+    tokens = math.prod(grid) + family.prefix(model)
+    classes = len(_logits(model, torch.zeros(1, family.channels(model), *family.image_size(model))))
+    return {
+        "grid": list(grid), "at": list(default_at(depth)),
+        "classes": [data.class_name(i) if classes == 1000 else str(i) for i in range(classes)],
+        "dense": {"tokens": [tokens] * depth, **_cost(model)},
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def _logits(model, x):
+    """(1, C, H, W) → (classes,), whatever the library calls them."""
+    out = model(x)
+    logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+    if logits is None or logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"model must classify, but {type(model).__name__} gives no logits")
+    return logits[0]
+
+
+def cost_of(model):
+    """Tokens that leave each block (prefix tokens included) and MACs of each block of a pruned model: dict for JSON."""
+    family = family_of(model)
+    n, prefix, tokens = math.prod(family.grid(model)), family.prefix(model), []
+    stages = dict(zip(model.pruning.at, model.pruning.counts(n)))
+    for i in range(len(family.blocks(model))):
+        n = stages[i].leave if i in stages else n
+        tokens.append(n + prefix)
+    return {"tokens": tokens, **_cost(model)}
+
+
+def _cost(model):
+    try:
+        cost = flops.closed_form(model)
+    except TypeError:  # a patch embedding or blocks that the closed form does not know
+        return {"macs": None, "total": None}
+    return {"macs": list(cost.by_block), "total": cost.total}
+
+
+@torch.inference_mode()
+def state(model, x):
+    """What a pruned model does with one image, small enough to be embedded in a page by the hundred.
+
+    Args:
+        model: a pruned model in eval mode, which classifies.
+        x: (1, C, H, W), the image as the model wants it.
+
+    Returns:
+        dict for JSON: `kept`, for each stage a hexadecimal bit mask of the N patches, the first patch first (fused
+        tokens have no patch and no bit); `host`, for each stage base64 of the N hosts, a byte each where N ≤ 256, else
+        two, little-endian (methods whose tokens carry others; else empty); `top`, the five best classes and their
+        probabilities.
+
+    Raises:
+        ValueError: the model is not pruned, or `x` is not one image.
+    """
+    if not is_pruned(model):
+        raise ValueError(f"model must be pruned by tpbook.prune, got a plain {type(model).__name__}")
+    if x.dim() != 4 or len(x) != 1:
+        raise ValueError(f"x must be one image, (1, C, H, W), got {tuple(x.shape)}")
+    with trace(model) as t:
+        p = _logits(model, x).float().softmax(dim=0)  # (classes,)
+    best = p.topk(min(5, len(p)))
+    patches = math.prod(family_of(model).grid(model))
+    return {
+        "kept": [_mask(kept[0], patches) for kept in t.kept],
+        "host": [_bytes(host[0]) for host in t.host],
+        "top": [[int(c), round(float(q), 4)] for c, q in zip(best.indices, best.values)],
+    }
+
+
+def _mask(kept, patches):
+    bits = np.zeros(-(-patches // 8) * 8, bool)
+    bits[kept[kept >= 0].numpy()] = True
+    return np.packbits(bits).tobytes().hex()
+
+
+def _bytes(host):
+    return base64.b64encode(host.numpy().astype("u1" if len(host) <= 256 else "<u2").tobytes()).decode()
+
+
+def page(data):
+    """HTML of an explorer that needs no kernel, for a page that loads explorer.js and here.js: data → str."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="explorer-data">{text}</script>\n'
+
+
+def front(method="evit", keep_ratio=0.7):
+    """The part of an explorer's data that does not depend on model and image: the methods, and where to start."""
+    methods = {}
+    for name in CHOICES:
+        reduce, look = method_of(name).reduce, LOOKS[name]
+        methods[name] = {"title": look.title, "colour": look.colour, "gone": reduce.gone, "hosts": reduce.hosts}
+    return {"methods": methods, "start": {"method": method, "ratio": keep_ratio}}

@@ -1,0 +1,122 @@
+"""What takes turns, and the rows that come of it.
+
+Chapter: :doc:`/book/speed`
+"""
+
+import copy
+import functools
+import os
+from dataclasses import replace
+from itertools import product
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from .. import train
+from ..engine import prune
+from ..methods import METHODS
+from ..training.recipes import PRECISIONS, Recipe
+from .bound import copy_of, sliced
+from .clock import interleaved, peak_memory, times
+
+
+@torch.inference_mode()
+def forwards(plan, dense, images, ratio, shared):
+    """Rows of what takes turns: the dense model and every method at one ρ, in every mode but training."""
+    modes = [mode for mode in plan.mode if mode != "training"]
+    pruned = {method: prune(copy_of(dense), method, keep_ratio=ratio) for method in plan.method}
+    every = {"dense": dense, **pruned}
+    models = {(mode, method): _in_mode(mode, model) for mode in modes for method, model in every.items()}
+    if "eager" in modes:
+        models["eager", "dense", "explicit"] = _with_attention(dense, "explicit")
+        for method, attention in product(pruned, ("fused", "explicit")):
+            models["eager", method, attention] = _with_attention(sliced(pruned[method]), attention)
+    calls = {key: lambda model=model: model(images) for key, model in models.items()}
+
+    load = os.getloadavg()[0]
+    seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
+    rows = []
+    for mode, method in product(modes, ("dense", *pruned)):
+        own = seconds[mode, method]
+        row = _row(plan, shared, mode, method, ratio, own, load)
+        if method != "dense":
+            row["times_dense"] = times(own, seconds[mode, "dense"])
+        elif mode == "eager":
+            row["times_explicit"] = times(own, seconds["eager", "dense", "explicit"])
+        if mode == "eager":
+            row["memory_mb"] = peak_memory(calls[mode, method], plan.device) / 1e6
+            if method != "dense":
+                bounds = {attention: seconds["eager", method, attention] for attention in ("fused", "explicit")}
+                row["attention"] = min(bounds, key=lambda attention: bounds[attention].median())
+                row["efficiency"] = times(own, bounds[row["attention"]])
+        elif "eager" in modes:
+            row["times_eager"] = times(own, seconds["eager", method])
+        rows.append(row)
+    return rows
+
+
+def _row(plan, shared, mode, method, ratio, seconds, load):
+    """What every row says."""
+    return {
+        **shared, "mode": mode, "method": method, "keep_ratio": 1.0 if method == "dense" else ratio,
+        "ms": 1e3 * seconds.median().item(), "images_per_second": shared["batch"] / seconds.median().item(),
+        "rounds": plan.rounds, "load": round(load, 2),
+    }  # fmt: skip
+
+
+def training_steps(plan, dense, images, ratio, shared):
+    """Rows of training steps, as `tpbook.train` takes them: loss terms, backward, optimiser. Weights are float32."""
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[shared["dtype"]]
+    AcceleratorState._reset_state()  # an earlier group may have had another precision
+    on_cpu = torch.device(plan.device).type == "cpu"  # models stay where they are: Accelerate knows no "cuda:1"
+    accelerator = Accelerator(mixed_precision=PRECISIONS[precision], cpu=on_cpu, device_placement=False)
+    images, labels = images.float(), torch.randint(dense.num_classes, (len(images),), device=images.device)
+    teacher = copy.deepcopy(dense).float().requires_grad_(False)
+    calls = {"teacher": functools.partial(train.taught, accelerator, teacher, images)}
+    for method in ("dense", *plan.method):
+        recipe = Recipe(model=shared["model"], precision=precision)
+        if method != "dense":
+            parts = METHODS[method]
+            recipe = replace(
+                recipe, method=method, keep_ratio=ratio, teacher="start" if parts.distils else "",
+                token_loss=parts.reduce.token_loss,
+            )  # fmt: skip
+        model = train.adapt(recipe, copy.deepcopy(dense).float()).to(images.device).train()
+        wrapped, optimizer = accelerator.prepare(model, train.optimizer_of(recipe, model))
+        given = (recipe, accelerator, wrapped, model, teacher if recipe.teacher else None, images, labels)
+        calls[method] = functools.partial(_step, given, accelerator, optimizer)
+
+    load = os.getloadavg()[0]
+    seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
+    rows = []
+    for method in ("dense", *plan.method):
+        own = seconds[method]
+        row = _row(plan, shared, "training", method, ratio, own, load)
+        if method != "dense":
+            row["times_dense"] = times(own, seconds["dense"])
+        if method != "dense" and METHODS[method].distils:
+            row["times_parts"] = times(seconds["dense"] + seconds["teacher"], own)
+        rows.append(row)
+    return rows
+
+
+def _step(given, accelerator, optimizer):
+    accelerator.backward(train.terms_of(*given)["total"])
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _with_attention(model, attention):
+    """A copy whose attention is timm's "fused" or "explicit"."""
+    model = copy_of(model)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = attention == "fused"
+    return model
+
+
+def _in_mode(mode, model):
+    if mode == "eager":
+        return model
+    return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if mode == "graphs" else None)

@@ -1,0 +1,118 @@
+"""The state of one forward: it travels from block to block with the tokens, so nothing of it is kept on a module.
+
+The first pruned block wraps the tensor that it receives, the last one gives a tensor back; what is between hands on
+`Tokens`. A forward hook on an inner pruned block therefore sees `Tokens`, which have the `shape`, `dtype` and `device`
+of their tensor, can be detached, and take a hook on its gradient.
+
+Shapes, here and in all methods: B images, P prefix tokens, N patch tokens at the input, n ≤ N of them left, C channels,
+T = P + n.
+
+Chapter: :doc:`/book/a-tour-of-keep-ratios`
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """The tokens of one forward, and what must be known of them further on."""
+
+    x: Tensor
+    """(B, P + n, C)."""
+    counts: tuple
+    """One `StageCount` a stage. They travel too, so that a knob that is turned meanwhile changes nothing."""
+    patch: Tensor | None = None
+    """(B, n) int64, the original patch of each patch token, −1 for a fused one; None if nobody asks."""
+    host: Tensor | None = None
+    """(B, N) int64, the original patch whose token carries each patch; None with `patch`."""
+    keep: Tensor | None = None
+    """(B, n), the running keep mask D; only while a learned method trains."""
+    heard: Tensor | None = None
+    """(B, T) float32, what the last attention let a score hear; None if nobody asks."""
+    record: tuple | None = None
+    """One `tpbook.tracing.Seen` a stage so far; None if nobody traces."""
+
+    @property
+    def shape(self):
+        """That of `x`."""
+        return self.x.shape
+
+    @property
+    def dtype(self):
+        """That of `x`."""
+        return self.x.dtype
+
+    @property
+    def device(self):
+        """That of `x`."""
+        return self.x.device
+
+    @property
+    def requires_grad(self):
+        """That of `x`."""
+        return self.x.requires_grad
+
+    def register_hook(self, hook):
+        """On the gradient of `x`."""
+        return self.x.register_hook(hook)
+
+    def replace(self, **changes):
+        """The same with other items; unlike `_replace` the compiler of torch 2.11 can follow it."""
+        return Tokens(*(changes.get(name, item) for name, item in zip(Tokens._fields, self)))
+
+    def detach(self):
+        """The same, without gradient: what hooks of feature extractors do."""
+        return Tokens(*(item.detach() if isinstance(item, Tensor) else item for item in self))
+
+
+def drop(x, kept, first=0):
+    """Keep the chosen tokens and drop the others.
+
+    Args:
+        x: (B, n, C) or (B, n).
+        kept: (B, k) int64, positions in x.
+        first: the position in x, (B, n, C), from which `kept` counts; what is before it is dropped.
+
+    Returns:
+        (B, k, C) or (B, k), in the order of `kept`.
+    """
+    if x.dim() == 2:
+        return x.gather(1, kept)
+    return F.embedding(rows(kept, x.shape[1], first), x.flatten(0, 1))  # a lookup copies whole tokens, a gather numbers
+
+
+def rows(index, n, first=0):
+    """Where tokens first + (B, k) of (B, n, …) are in the flattened (B·n, …): (B, k)."""
+    if index.shape[0] == 1:
+        return index + first
+    return index + torch.arange(first, first + index.shape[0] * n, n, device=index.device).unsqueeze(1)
+
+
+def move(host, patch, guests, hosts):
+    """Follow one squeezing: whatever patch the token at `guests` carried is now carried by `hosts`.
+
+    host (B, N), patch (B, n), guests (B, p) positions in patch, hosts (B, p) original patches → (B, N).
+    """
+    carrier = torch.arange(host.shape[1], device=host.device).expand_as(host)
+    return carrier.scatter(1, drop(patch, guests), hosts).gather(1, host)
+
+
+def in_float32(function):
+    """Computes without autocast, which would take products back to half precision.
+
+    The device is that of the first argument; the function casts what it needs in float32.
+    """
+
+    @functools.wraps(function)
+    def without_autocast(x, *args, **kwargs):
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(x, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return without_autocast

@@ -1,0 +1,1 @@
+"""Training: what a run is (`recipes`), what it trains (`setup`), how (`loop`), and its files (`checkpoints`)."""
