@@ -207,7 +207,7 @@ def test_help(capsys):
         (["model=deit"], "model must be a timm model"),
         (["rho=0.5"], "key 'rho' is not known"),
         (["out=bench.csv"], "out must end in .json, got 'bench.csv'"),
-        ([f"model={TINY}", "method=topk"], "method must be one of dynamicvit"),
+        ([f"model={TINY}", "method=evt"], "method must be one of dynamicvit"),
         ([f"model={TINY}", "keep_ratio=1.5"], r"keep_ratio must lie in \(0, 1\], got 1.5"),
         ([f"model={TINY}", "mode=graphs"], "mode 'graphs' needs device=cuda"),
         (

@@ -15,7 +15,7 @@ from tpbook.keep_mask import masked_attention
 from tpbook.training.setup import fast_attention
 
 LEARNED = ("dynamicvit", "dtps")
-NEEDS_CLASS_TOKEN = ("evit", "etps")
+NEEDS_CLASS_TOKEN = ("evit", "etps", "topk")
 
 
 def methods_for(model):

@@ -350,7 +350,7 @@ def test_what_became_of_a_patch_is_said_in_the_words_of_its_method(one, opened):
         state = settled(page)
         gone = next(patch for patch in range(196) if patch not in state["kept"][0])
         page.get_by_label("Follow a patch").fill(str(gone + 1))
-        fate = {"evit": "fused", "random": "dropped", "evit, no fusion": "dropped"}.get(name)
+        fate = {"evit": "fused", "random": "dropped", "topk": "dropped", "evit, no fusion": "dropped"}.get(name)
         if fate is None:
             first, last = state["host"][0][gone], state["host"][-1][gone]
             fate = f"squeezed into {place(first)}"

@@ -242,7 +242,7 @@ def test_the_widget_leaves_the_readers_model_alone(small):
     model = small()
     before = model(torch.ones(1, 3, 96, 96))
     widget = widgets.explorer(model, [Image.new("RGB", (96, 96))])
-    assert list(widget.models) == ["evit", "evit, no fusion", "etps", "random"]
+    assert list(widget.models) == ["evit", "evit, no fusion", "topk", "etps", "random"]
     assert widget.model is not model and type(model).__name__ == "VisionTransformer"
     assert torch.equal(model(torch.ones(1, 3, 96, 96)), before)
 

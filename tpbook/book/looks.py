@@ -23,9 +23,9 @@ _OWN = {
     "dense": Look("dense", "#000000", "D"), "random": Look("random", "#666666", "o"),
     "dynamicvit": Look("DynamicViT", "#0072B2", "s"), "evit": Look("EViT", "#D55E00", "^"),
     "evit, no fusion": Look("EViT, no fusion", "#E69F00", "v"), "dtps": Look("dTPS", "#56B4E9", "P"),
-    "etps": Look("eTPS", "#009E73", "X"),
+    "etps": Look("eTPS", "#009E73", "X"), "topk": Look("Top-K", "#CC79A7", "*"),
 }  # fmt: skip
-_OTHERS = (("#CC79A7", "*"), ("#F0E442", "p"), ("#882255", "h"))  # for methods that are added, under their own name
+_OTHERS = (("#F0E442", "p"), ("#882255", "h"))  # for methods that are added, under their own name
 _VARIANTS = {"evit": {"evit, no fusion": {"fuse": False}}}  # method → what is shown beside it, by options of `prune`
 
 

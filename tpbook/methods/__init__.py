@@ -28,6 +28,7 @@ __all__ = [
 METHODS = {
     "dynamicvit": Method("predictor", "drop", "before", "floor", "Rao et al. 2021"),
     "evit": Method("class_attention", "fuse", "between", "ceil", "Liang et al. 2022"),
+    "topk": Method("class_attention", "drop", "between", "floor", "Haurum et al. 2023"),
     "dtps": Method("predictor", "squeeze", "before", "floor", "Wei et al. 2023"),
     "etps": Method("class_attention", "squeeze", "between", "ceil", "Wei et al. 2023"),
     "random": Method("random", "drop", "before", "floor", "the baseline"),
