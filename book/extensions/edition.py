@@ -118,6 +118,10 @@ def complete(app, pagename, templatename, context, document):
         ]
     if "body" in context:  # the list that sphinxcontrib-bibtex announces holds more than items
         context["body"] = context["body"].replace('<div role="list" class="citation-list">', "<div>")
+    if pagename == "_modules/index":  # viewcode puts lists into lists, which no reader of screens takes
+        head, *modules = context["body"].split("<li>")
+        flat = "".join(f"<li>{module}" for module in modules)
+        context["body"] = re.sub("</?ul>", "", head) + f"<ul>{re.sub('</?ul>', '', flat)}</ul>"
     if pagename.startswith("_modules/tpbook"):
         module = pagename.removeprefix("_modules/").replace("/", ".")
         context["body"] = lead_back(context["body"], module, app.env.get_domain("py").objects)
