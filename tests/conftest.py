@@ -90,20 +90,20 @@ def images():
 
 def held(thing, path="model"):
     """Every tensor that a module, or an object it refers to, holds: id → where. Two equal ones: nothing was kept."""
-    found, seen, todo = {}, set(), [(path, thing)]
-    while todo:
-        path, thing = todo.pop()
+    found, seen, ahead = {}, set(), [(path, thing)]
+    while ahead:
+        path, thing = ahead.pop()
         if id(thing) in seen or isinstance(thing, (type, types.ModuleType, types.FunctionType, str, bytes)):
             continue
         seen.add(id(thing))
         if isinstance(thing, torch.Tensor):
             found[id(thing)] = path
         elif isinstance(thing, dict):
-            todo += [(f"{path}[{key!r}]", value) for key, value in thing.items()]
+            ahead += [(f"{path}[{key!r}]", value) for key, value in thing.items()]
         elif isinstance(thing, (list, tuple, set, frozenset)):
-            todo += [(f"{path}[{i}]", value) for i, value in enumerate(thing)]
+            ahead += [(f"{path}[{i}]", value) for i, value in enumerate(thing)]
         else:
-            todo += [(f"{path}.{key}", value) for key, value in getattr(thing, "__dict__", {}).items()]
+            ahead += [(f"{path}.{key}", value) for key, value in getattr(thing, "__dict__", {}).items()]
     return found
 
 

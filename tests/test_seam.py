@@ -223,6 +223,15 @@ def shard(model):
     return fully_shard(model)
 
 
+def images_and_predictors(model):
+    """The same images each time; and the same predictors, which a sharded model would draw otherwise."""
+    for predictor in getattr(model, "score_predictor", ()):
+        for p in predictor.parameters():
+            nn.init.constant_(p, 0.05)
+    torch.manual_seed(3)
+    return torch.randn(2, 3, 96, 96)
+
+
 def work_sharded(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=1)
@@ -234,11 +243,7 @@ def work_sharded(rank, folder):
                 shard(tpbook.prune(model, method, keep_ratio=0.5))
             else:
                 tpbook.prune(shard(model), method, keep_ratio=0.5)
-            torch.manual_seed(3)
-            x = torch.randn(2, 3, 96, 96)
-            for predictor in getattr(model, "score_predictor", ()):
-                for p in predictor.parameters():
-                    nn.init.constant_(p, 0.05)
+            x = images_and_predictors(model)
             with torch.no_grad():
                 logits = model(x)
             got[method, order] = (logits, *gradients(model.train(), x))
@@ -260,11 +265,7 @@ def test_fsdp(sharded, method, order):
     """`fully_shard` of each block and the root: logits and gradients are those of the model in one piece."""
     logits, trained, grads = sharded[method, order]
     model = tpbook.prune(plain(), method, keep_ratio=0.5)
-    torch.manual_seed(3)
-    x = torch.randn(2, 3, 96, 96)
-    for predictor in getattr(model, "score_predictor", ()):
-        for p in predictor.parameters():
-            nn.init.constant_(p, 0.05)
+    x = images_and_predictors(model)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(x), atol=1e-6, rtol=1e-5)
     want, whole = gradients(model.train(), x)
