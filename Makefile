@@ -23,7 +23,7 @@ pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations
+.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -53,7 +53,7 @@ row: $(env)
 		profile=imagenette budget=recipe row=$(ROW) changes=workers=1 out=../$(again) runs=../$(again)/runs
 	$(bin)/python notebooks/ledger.py compare $(again)/$(ROW).json
 
-# MACs, parameters and speed ratios of the published settings (four minutes)
+# MACs, parameters and speed ratios of the published settings (a quarter of an hour)
 cost: $(env)
 	$(bin)/python notebooks/run.py notebooks/cost-and-speed.ipynb $(again)/cost-and-speed.ipynb budget=full out=results
 
@@ -77,7 +77,7 @@ ledger: $(env)
 	$(bin)/python notebooks/ledger.py
 
 # every training behind the committed results of the digits; skips what is done (about an hour on two cores)
-matrix ablations: $(env)
+matrix ablations backbones: $(env)
 	$(bin)/python notebooks/matrix.py $@
 
 clean:
@@ -97,19 +97,22 @@ $(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(package) $(env)
 read_by = $(1:%=$(out)/notebooks/%.ipynb)
 matrix := notebooks/results/digits/matrix.json
 ablations := notebooks/results/digits/ablations.json
+backbones := $(wildcard notebooks/results/digits/backbones.json)
 rows := $(wildcard notebooks/results/imagenette/*.json)
 costs := notebooks/results/cost-and-speed.json
 claims := book/claims.csv notebooks/ledger.py
 $(call read_by,all-together dynamicvit evit masked-fine-tuning questions robustness tps ledger): $(matrix)
 $(call read_by,dynamicvit questions robustness ledger): $(ablations)
+$(call read_by,hybrid-vits lv-vit ledger): $(backbones)
 $(call read_by,dynamicvit evit masked-fine-tuning questions reproduction robustness tps ledger): $(rows)
 $(call read_by,robustness speed ledger): $(costs)
+$(call read_by,paper-and-code): notebooks/results/fast-path.json
 $(call read_by,speed): $(wildcard notebooks/results/speed/*.json)
-$(call read_by,cost-and-speed imagenet ledger questions where-the-cost-is): $(claims)
+$(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where-the-cost-is): $(claims)
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md
 $(call read_by,questions): notebooks/pooling.py $(wildcard tests/fixtures/*)
-$(call read_by,all-together dynamicvit evit imagenet masked-fine-tuning one-training paper-and-code robustness tps): $(wildcard recipes/*/*.yaml)
+$(call read_by,all-together dynamicvit evit hybrid-vits imagenet masked-fine-tuning one-training paper-and-code robustness tps): $(wildcard recipes/*/*.yaml)
 
 # what pages load, pinned and checksummed in book/javascript
 $(javascript): book/javascript/package.json book/javascript/package-lock.json

@@ -1,10 +1,11 @@
 """Every start × method × keep ratio × seed on the digits: `python notebooks/matrix.py`, or `make matrix`.
 
-`python notebooks/matrix.py ablations` (`make ablations`) trains DynamicViT's ablations likewise.
+`python notebooks/matrix.py ablations` (`make ablations`) trains DynamicViT's ablations likewise, and `backbones` (`make
+backbones`) the small models of other kinds, pruned by their methods.
 
 Each training is a run of `tpbook.train` in `_build/matrix`, one thread each, as many at once as there are cores. What is
-finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` (`ablations.json`) holds a
-row for each model and way of evaluating it: which of the 797 test canvases it got right.
+finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` (`ablations.json`,
+`backbones.json`) holds a row for each model and way of evaluating it: which of the 797 test canvases it got right.
 """
 
 import itertools
@@ -22,7 +23,8 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from pooling import POOLING  # noqa: E402
-from tpbook import data, load_backbone, prune, register, train, unmask  # noqa: E402
+from tpbook import METHODS as KNOWN  # noqa: E402
+from tpbook import data, flops, load_backbone, prune, register, train, unmask  # noqa: E402
 from tpbook.book import results  # noqa: E402
 
 register("pooling", POOLING)
@@ -75,13 +77,6 @@ def fit(folder, key, recipe, changes):
 @torch.inference_mode()
 def look(folder, seed, start):
     """Evaluations without training: the start pruned as it is, and models trained from it with their choice replaced."""
-    torch.set_num_threads(1)
-    test = data.digits("test")
-
-    def right(model):
-        logits = torch.cat([model(x) for x in test.images.split(100)])
-        return "".join("01"[r] for r in (logits.argmax(1) == test.labels).tolist())
-
     rows, path = [], place(folder, (seed, start))
     for method, ratio in itertools.product(("evit", "etps", "random"), RATIOS):
         model = load_backbone("vit_digits_patch4_56") if start == "untouched" else train.load(path)
@@ -100,6 +95,14 @@ def look(folder, seed, start):
             prune(model, method, keep_ratio=ratio, score="random", seed=seed)
             rows.append(row(seed, start, method, ratio, right(model), trained=True, select="random"))
     return rows
+
+
+def right(model):
+    """Which test canvases a model gets right, as "0" and "1"."""
+    torch.set_num_threads(1)
+    test = data.digits("test")
+    logits = torch.cat([model(x) for x in test.images.split(100)])
+    return "".join("01"[r] for r in (logits.argmax(1) == test.labels).tolist())
 
 
 def row(seed, start, method, ratio, correct, **more):
@@ -161,8 +164,60 @@ def ablations(folder):
     return run([wave])
 
 
+FINE = (0.9, 0.7, 0.5, 0.3)
+# The recipes are the flat ViT's. A map's first block decides on bare patches, and zeros and fast paths are new to the
+# whole model: all of it learns at the predictors' rate, and for twice as long.
+MAPS = {"epochs": 4, "lr": 1e-3, "backbone_lr_scale": 1.0}
+# model → its methods, its keep ratios, and what differs from the methods' recipes
+BACKBONES = {
+    "pvt_digits_56": (("dynamicvit", "dtps", "random"), FINE, MAPS),
+    "cvt_digits_56": (("dynamicvit", "dtps"), FINE, {**MAPS, "precision": "fp32"}),  # the faster one
+    "vit_digits_patch4_56": (("dynamicvit", "dtps"), FINE, {}),
+    "swin_digits_56": (("dynamicvit",), FINE[:3], MAPS),  # its decisions keep ρ, ρ − 0.2 and ρ − 0.4
+    "lvvit_digits_56": (("dynamicvit", "dtps"), FINE, {"token_loss": "kl"}),  # over the classes of its auxiliary head
+}
+
+
+def fit_backbone(folder, name, seed, method, ratio):
+    """One training of a backbone that is pruned → its row, with its MACs."""
+    path = place(folder, (name, seed, method, ratio))
+    changes = {"model": name, "seed": seed, "keep_ratio": ratio, **BACKBONES[name][2]}
+    result = train.run(RECIPES / f"{method}.yaml", path, progress=False, **changes)
+    return [row(seed, "untouched", method, ratio, result["correct"], trained=True, model=name,
+                macs=flops.closed_form(train.load(path)).total, seconds=result["seconds"])]  # fmt: skip
+
+
+@torch.inference_mode()
+def look_backbone(name, seed):
+    """A backbone as it is, dense and pruned by what needs no training."""
+    methods, ratios, _ = BACKBONES[name]
+    rows = []
+    for method, ratio in itertools.product([method for method in methods if not KNOWN[method].score.learned], ratios):
+        if seed == SEEDS[0] or KNOWN[method].score.drawn:
+            drawn = {"seed": seed} if KNOWN[method].score.drawn else {}
+            model = prune(load_backbone(name), method, keep_ratio=ratio, **drawn)
+            rows.append(row(seed if drawn else None, "untouched", method, ratio, right(model), trained=False, model=name,
+                            macs=flops.closed_form(model).total))  # fmt: skip
+    if seed == SEEDS[0]:
+        model = load_backbone(name)
+        rows.append(row(None, "untouched", "dense", 1.0, right(model), trained=False, model=name,
+                        macs=flops.closed_form(model).total))  # fmt: skip
+    return rows
+
+
+def backbones(folder):
+    """Seed by seed, written after each, so that a stopped call leaves whole comparisons."""
+    rows, begun = [], time.perf_counter()
+    for seed in SEEDS:
+        wave = [(fit_backbone, folder / "backbones", name, seed, method, ratio)
+                for name, (methods, ratios, _) in BACKBONES.items() for method in methods for ratio in ratios]  # fmt: skip
+        rows += run([wave + [(look_backbone, name, seed) for name in BACKBONES]])
+        save("backbones", rows, begun)
+    return sorted(rows, key=lambda r: list(BACKBONES).index(r["model"]))
+
+
 if __name__ == "__main__":
-    which = {"matrix": matrix, "ablations": ablations}
+    which = {"matrix": matrix, "ablations": ablations, "backbones": backbones}
     name = sys.argv[1] if len(sys.argv) > 1 else "matrix"
     if name not in which:
         sys.exit(f"one of {', '.join(which)} is expected, got {name!r}")

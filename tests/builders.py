@@ -11,6 +11,9 @@ from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 
+import tpbook
+from tpbook.backbones import PSViT, T2TViT
+
 SIZE = (64, 80)  # 4 × 5 patches of 16 × 16
 BUILDERS = {}
 
@@ -35,6 +38,14 @@ def lively(model, size=SIZE, batch=2):
             else:
                 p.normal_(std=0.2)
     return model.eval(), torch.randn(batch, 3, *size)
+
+
+def learning(model):
+    """The model in training mode, with BatchNorm's statistics of old and no dropout: no image depends on the others."""
+    for module in model.train().modules():
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.Dropout)):
+            module.eval()
+    return model
 
 
 def answer(model, images):
@@ -71,6 +82,39 @@ def vit():
 @builder
 def vit_registers():
     return _timm("vit_small_patch14_reg4_dinov2", qk_norm=True)  # LayerScale, four registers
+
+
+@builder
+def lvvit():
+    """A stem with BatchNorm, whose statistics are no trivial ones; two heads."""
+    model, images = lively(tpbook.LVViT(SIZE, embed_dim=32, depth=3, num_heads=2, num_classes=10, stem_width=8))
+    for name, statistics in model.named_buffers():
+        if statistics.is_floating_point():
+            statistics.uniform_(*((0.5, 2.0) if "var" in name else (-0.5, 0.5)))
+    return model, images
+
+
+@builder
+def t2t_performer():
+    return lively(T2TViT(SIZE, embed_dim=32, depth=3, num_heads=2, num_classes=10, token_dim=8))
+
+
+@builder
+def t2t_transformer():
+    """Its blocks attend by another scale."""
+    small = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 10, "token_dim": 8}
+    return lively(T2TViT(SIZE, tokens_type="transformer", qk_scale=32**-0.5, **small))
+
+
+@builder
+def ps_vit():
+    """Two iterations, which move the points, and three blocks."""
+    small = {"embed_dim": 64, "depth": 5, "iterations": 2, "num_heads": 2, "num_classes": 10, "stem_width": 64}
+    model, images = lively(PSViT(SIZE, points=(4, 5), **small))
+    for module in model.stem.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5), module.running_var.uniform_(0.5, 2.0)
+    return model, images
 
 
 @builder

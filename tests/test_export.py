@@ -209,7 +209,7 @@ def test_families(small, images, tmp_path, family, method):
     assert_same(runtime, model, images(model, batch=3), (1, 0.7, (0.9, 0.5, 0.6)))
 
 
-NORMAL = [name for name in BUILDERS if name.split("_")[0] in ("vit", "eva", "beit", "naflex")]
+NORMAL = [name for name in BUILDERS if name.split("_")[0] in ("vit", "lvvit", "t2t", "ps", "eva", "beit", "naflex")]
 
 
 @pytest.mark.parametrize("name", NORMAL)
@@ -231,7 +231,7 @@ def test_timm_families(tmp_path, name):
 @pytest.mark.parametrize("name", ["torchvision_vit", "hf_vit", "open_clip_vit"])
 def test_other_families_are_refused_in_words(tmp_path, name):
     model, _ = BUILDERS[name]()
-    there = "timm Beit, timm Eva, timm NaFlexVit, timm VisionTransformer"
+    there = "LV-ViT, PS-ViT, T2T-ViT, timm Beit, timm Eva, timm NaFlexVit, timm VisionTransformer"
     with pytest.raises(TypeError, match=f"model must be a {there}, got {type(model).__name__}"):
         tpbook.export(model, tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []

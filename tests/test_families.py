@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import BUILDERS, answer
+from builders import BUILDERS, answer, learning
 from timm.models.eva import Eva
 
 import tpbook
@@ -53,8 +53,8 @@ CASES = [(name, how) for name in BUILDERS for how in ways(name)]
 HEARING = [(name, how) for name, how in CASES if how != "random"]
 ONE_EACH = [(name, how) for name, how in CASES if how in ("evit", "etps, received")]
 COMPILED = (  # of each family one, and of each way that positions are gathered; the others are slow
-    "vit", "eva_split", "eva_mixed", "beit", "beit_shared", "naflex_rope", "hf_vit", "hf_dinov3", "hf_timm_wrapper",
-    "torchvision_vit", "open_clip_vit", "open_clip_timm",
+    "vit", "lvvit", "eva_split", "eva_mixed", "beit", "beit_shared", "naflex_rope", "hf_vit", "hf_dinov3",
+    "hf_timm_wrapper", "torchvision_vit", "open_clip_vit", "open_clip_timm",
 )  # fmt: skip
 EXPLICIT = [(name, how) for name, how in ONE_EACH if hasattr(BUILDERS[name]()[0], "blocks")]  # timm's
 every_case = pytest.mark.parametrize("name, how", CASES)
@@ -261,13 +261,13 @@ def test_while_a_learned_method_trains_dropped_tokens_do_not_count(name):
             tpbook.prune(model, "dynamicvit", at=AT)
         assert look(model) == before
         return
-    tpbook.prune(model, "dynamicvit", at=AT).train()
+    learning(tpbook.prune(model, "dynamicvit", at=AT))
     with tpbook.trace(model) as t:
         got = answer(model, images)
     for b, image in enumerate(images.split(1)):
         kept = [decided[b].round().nonzero().flatten().tolist() for decided in t.decisions]
         assert 0 < len(kept[1]) < len(kept[0]) < t.decisions[0].shape[1]
-        dense = Dense(BUILDERS[name]()[0], kept, Place.BEFORE)
+        dense = Dense(learning(BUILDERS[name]()[0]), kept, Place.BEFORE)
         torch.testing.assert_close(got[b : b + 1], dense(image), atol=5e-6, rtol=1e-6)
     got.square().sum().backward()
     predictors = trunk.score_predictor.parameters()

@@ -36,7 +36,7 @@ tell() { printf '%s\0' "$TPBOOK_DATA" "$@"; printf '\036'; }
 accelerate() { tell accelerate "$@"; }
 python() { tell python "$@"; }
 """
-SMALL = {"max_steps": "2", "batch": "4", "workers": "0"}
+SMALL = {"max_steps": "2", "batch": "4", "accumulate": "1", "workers": "0"}
 
 
 def page():
@@ -89,11 +89,14 @@ def test_command(command):
     if ratio:
         assert recipe.keep_ratio == float(ratio[1])
         assert command.name.split("/")[0].split("-")[0] == recipe.method
-    at = re.search(r"-at(\d+)-", command.name)
-    if recipe.method:
-        assert recipe.at == (tuple(map(int, at[1])) if at else (3, 6, 9))
+    at, other = re.search(r"-at(\d+)-", command.name), re.search(r"-(lvvit_.|swin_t|convnext_t)/", command.name)
     size = re.search(r"-(base)/|/(small|tiny)-", command.name)
-    assert recipe.model == f"deit_{(size and (size[1] or size[2])) or 'small'}_patch16_224"
+    timms = {"swin_t": "swin_tiny_patch4_window7_224", "convnext_t": "convnext_tiny.fb_in1k"}
+    model = f"deit_{(size and (size[1] or size[2])) or 'small'}_patch16_224"
+    assert recipe.model == (timms.get(other[1], other[1]) if other else model)
+    if recipe.method:
+        usual = {"lvvit_s": (4, 8, 12), "lvvit_m": (5, 10, 15), "swin_t": (1, 2, 3), "convnext_t": (1, 2, 3)}
+        assert recipe.at == (tuple(map(int, at[1])) if at else usual.get(other and other[1], (3, 6, 9)))
     if recipe.start not in ("pretrained", "random"):  # the folder of a command further up
         names = list(COMMANDS)
         start = recipe.start.removeprefix(f"{HOME}/runs/")
@@ -209,26 +212,28 @@ def test_archives(reader, monkeypatch, capsys):
 def dry(reader, monkeypatch):
     """Runs a command for two steps, after the one that makes its start → its result.
 
-    The models are as deep and have as many tokens, heads and classes as DeiT; they are only narrow.
+    The models are as deep and have as many tokens, heads and classes as their originals; they are only narrow.
     """
     home = reader[0]
     create = timm.create_model
 
     @functools.wraps(create)
     def narrow(name, **kwargs):
-        width = 8 * {"tiny": 3, "small": 6, "base": 12}[name.split("_")[1]]
+        width = 8 * {"tiny": 3, "small": 6, "base": 12, "s": 6, "m": 8}[name.split(".")[0].split("_")[1]]
+        narrower = {"embed_dim": width} | ({"stem_width": 8} if name.startswith("lvvit") else {})
+        narrower = {"dims": (8, 8, 16, 16)} if name.startswith("convnext") else narrower
         from_file = "pretrained_cfg_overlay" in kwargs  # and never from timm's hub
-        return create(name, **{**kwargs, "embed_dim": width, "pretrained": from_file})
+        return create(name, **{**kwargs, **narrower, "pretrained": from_file})
 
     monkeypatch.setattr(timm, "create_model", narrow)
     monkeypatch.setenv("TPBOOK_DATA", str(home / "data"))
     monkeypatch.setenv("TPBOOK_WEIGHTS", str(home / "narrow"))
     monkeypatch.chdir(TOP)
     (home / "narrow").mkdir(exist_ok=True)
-    for size in ("tiny", "small", "base"):
-        weights = home / "narrow" / f"deit_{size}_patch16_224.safetensors"
+    for name in {command.read().model for command in COMMANDS.values()}:
+        weights = home / "narrow" / f"{name}.safetensors"
         if not weights.exists():
-            save_file(timm.create_model(f"deit_{size}_patch16_224").state_dict(), weights)
+            save_file(timm.create_model(name).state_dict(), weights)
 
     def run(command):
         start = command.changes.get("start", "").removeprefix(f"{HOME}/runs/")

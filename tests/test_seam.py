@@ -683,7 +683,7 @@ def test_trace_of_a_compiled_model(small, dynamo, method):
     x = images_of(model)
     with tpbook.trace(model) as want:
         logits = model(x)
-    model.compile(backend="eager")
+    model.compile(backend="eager", fullgraph=True)
     model(x)
     with tpbook.trace(model) as t:
         torch.testing.assert_close(model(x), logits, atol=1e-6, rtol=1e-5)

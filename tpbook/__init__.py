@@ -13,6 +13,7 @@ tpbook.unprune(model)                         # exactly the model it was
 import importlib
 
 from . import moved
+from .backbones import LVViT, create_model
 from .engine import prune, unprune
 from .masking import mask, unmask
 from .methods import METHODS, Method, register
@@ -29,9 +30,11 @@ _LATER = {
 }  # fmt: skip
 
 __all__ = [
+    "LVViT",
     "METHODS",
     "Method",
     "Trace",
+    "create_model",
     "data",
     "export",
     "flops",

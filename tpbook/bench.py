@@ -101,7 +101,8 @@ class Plan:
         """Make every model and prune it in every way, so that what cannot be is known before anything is timed.
 
         Raises:
-            ValueError, TypeError: a method, ρ or image size that a model cannot have, or a device that is not there.
+            ValueError, TypeError: a method, ρ, image size or slicing bound that a model cannot have, or a device that
+                is not there.
         """
         try:
             torch.zeros(1, device=self.device)
@@ -111,7 +112,8 @@ class Plan:
             dense = _dense(name, size)
             family_of(dense)
             for method, ratio in product(self.method, self.keep_ratio):
-                unprune(prune(dense, method, keep_ratio=ratio))
+                sliced(prune(dense, method, keep_ratio=ratio))
+                unprune(dense)
 
 
 def run(plan, say=print, keep=None):

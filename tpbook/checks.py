@@ -14,9 +14,7 @@ LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 
 def check_at(at, depth):
-    """Indices of the pruned blocks as a tuple of ints; None gives `default_at`."""
-    if at is None:
-        return default_at(depth)
+    """Indices of the pruned blocks as a tuple of ints."""
     at = _sequence("at", at, "block indices")
     for i in at:
         if isinstance(i, bool) or not isinstance(i, numbers.Integral):
@@ -80,19 +78,20 @@ def check_keep_ratio(ratio, stages):
     return checked
 
 
-def check_keep(keep, stages, patches):
-    """Numbers of tokens: an int from 1 to N = `patches`, or a tuple of one a stage; None stays None."""
+def check_keep(keep, patches):
+    """Numbers of tokens: an int from 1 to N, or a tuple of one a stage; None stays None. `patches` has N a stage."""
     if keep is None:
         return None
     several = _is_sequence(keep)
-    wished = _sequence("keep", keep, "ints") if several else (keep,)
+    wished = _sequence("keep", keep, "ints") if several else (keep,) * len(patches)
     for k in wished:
         if isinstance(k, bool) or not isinstance(k, numbers.Integral):
             raise TypeError(f"keep must be an int or a sequence of ints, got {k!r}")
-        if not 1 <= k <= patches:
-            raise ValueError(f"keep must lie from 1 to the {patches} patch tokens that there are, got {k!r}")
-    if several and len(wished) != stages:
-        raise ValueError(f"keep must be one number or one for each of {stages} stages, got {keep!r}")
+    if len(wished) != len(patches):
+        raise ValueError(f"keep must be one number or one for each of {len(patches)} stages, got {keep!r}")
+    for k, most in zip(wished, patches):
+        if not 1 <= k <= most:
+            raise ValueError(f"keep must lie from 1 to the {most} patch tokens that there are, got {k!r}")
     return tuple(map(int, wished)) if several else int(keep)
 
 

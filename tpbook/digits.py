@@ -14,8 +14,6 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
 SIZE, PATCH = 56, 4  # pixels
@@ -74,6 +72,9 @@ def digits(split="test", *, seed=0, per_digit=1, fragments=FRAGMENTS):
 @functools.cache
 def _glyphs(split):
     """The split's digits: {side: (n, side, side)} enlarged once for every side in use, and their labels (n,)."""
+    from sklearn.datasets import load_digits  # slow to load, and wanted by who draws canvases alone
+    from sklearn.model_selection import train_test_split
+
     raw = load_digits()
     parts = train_test_split(raw.images / 16, raw.target, train_size=1000, random_state=0, stratify=raw.target)
     small, labels = parts[SPLITS.index(split)], parts[2 + SPLITS.index(split)]

@@ -146,7 +146,8 @@ def _check_ratio(model, keep_ratio, keep):
     stages, ratio = len(model.pruning.at), None
     if keep is None:
         ratio = check_keep_ratio(keep_ratio, stages)
-    return replace(model.pruning, keep_ratio=ratio, keep=check_keep(keep, stages, model._plan.patches))
+    patches = family_of(model).patches(model, model.pruning.at)
+    return replace(model.pruning, keep_ratio=ratio, keep=check_keep(keep, patches))
 
 
 class Exported:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .engine import is_pruned
 from .families import family_of
-from .families.family import linear_macs
+from .families.costs import block_macs  # noqa: F401, which `tpbook.book.cost` takes from here
 from .masking import MaskedViT
 from .methods.parts import Place
 
@@ -48,6 +48,13 @@ def patch_macs(inputs, outputs):
     """fvcore handle for a convolution that names its padding: every weight, at every place of the output."""
     weight, (b, _, *sides) = inputs[1].type().sizes(), outputs[0].type().sizes()
     return b * math.prod(weight) * math.prod(sides)
+
+
+def einsum_macs(inputs, outputs):
+    """fvcore handle for a product of two, every index once; fvcore's own reads NumPy's estimate of four digits."""
+    terms = inputs[0].toIValue().replace(" ", "").split("->")[0].split(",")
+    shapes = [value.type().sizes() for value in inputs[1].node().inputs()]
+    return math.prod({index: n for term, shape in zip(terms, shapes) for index, n in zip(term, shape)}.values())
 
 
 class _Logits(nn.Module):
@@ -87,7 +94,9 @@ def count(model, image_size=None):
         image = torch.zeros(1, family.channels(model), height, width, **get_device_dtype(model))
         flops = FlopCountAnalysis(wrapped, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         flops.tracer_warnings("none")
-        flops.set_op_handle("aten::scaled_dot_product_attention", sdpa_macs, "aten::layer_norm", lambda *_: 0)
+        flops.set_op_handle("aten::scaled_dot_product_attention", sdpa_macs, "aten::einsum", einsum_macs)
+        for free in ("layer_norm", "batch_norm", "grid_sampler", "adaptive_avg_pool2d", "upsample_bilinear2d"):
+            flops.set_op_handle(f"aten::{free}", lambda *_: 0)
         flops.set_op_handle("aten::_native_multi_head_attention", multihead_macs, "aten::_convolution_mode", patch_macs)
         with torch.no_grad():
             macs = flops.by_module()
@@ -95,13 +104,15 @@ def count(model, image_size=None):
         for module, mode in modes.items():
             module.training = mode
     names = {module: name for name, module in wrapped.named_modules()}
-    by_block = [_under(macs, names[block]) for block in family.blocks(model)]
     inside = family.inside(model)
-    if is_pruned(inside) and hasattr(inside, "score_predictor"):
-        for i, predictor in zip(inside.pruning.at, inside.score_predictor):
+    segments = family_of(inside).segments(inside)
+    by_block = {i: _under(macs, names[b]) for segment in segments for i, b in zip(segment.indices, segment.blocks)}
+    if is_pruned(inside):
+        for i, predictor in zip(inside.pruning.at, family_of(inside).predictors(inside)):
             by_block[i] += _under(macs, names[predictor])
-    total, embed = int(macs[""]), _under(macs, names[family.embedding(model)])
-    return Cost(total, tuple(by_block), embed, total - embed - sum(by_block))
+    by_block = tuple(by_block.values())
+    total, embed = int(macs[""]), sum(_under(macs, names[module]) for module in family.embeddings(model))
+    return Cost(total, by_block, embed, total - embed - sum(by_block))
 
 
 def closed_form(model, image_size=None):
@@ -114,48 +125,29 @@ def closed_form(model, image_size=None):
     """
     family = family_of(model)
     model, size = family.at_size(model, image_size)
-    rows, columns = (side // patch for side, patch in zip(size, family.patch_size(model)))
-    n, prefix = rows * columns, family.prefix(model)
-    embed = n * family.patch_macs(model)
-    inside = family.inside(model)
+    inside, visible = family.inside(model), None
     if isinstance(inside, MaskedViT) and inside.patch_drop.when == "always":
         if isinstance(inside.mask_ratio, tuple):
             raise ValueError(f"model.mask_ratio must be one number, got the range {inside.mask_ratio}: its cost varies")
-        n = inside.patch_drop.visible(n, inside.mask_ratio)
-
-    stages, queries, before = {}, {}, False
-    if is_pruned(model):
-        method, counts = model.pruning.method, model.pruning.counts(n)
-        stages, before = dict(zip(model.pruning.at, counts)), method.place is Place.BEFORE
-        queries = {i: method.queries for i, s in model.pruning.listeners.items() if counts[s].kept < counts[s].enter}
+        visible = inside.patch_drop
+    embed, own = family.embed_macs(model, size), family_of(inside)
     by_block = []
-    own = family_of(inside)
-    for i, block in enumerate(family.blocks(model)):
-        attention, width = own.attention(block)
-        left = stages[i].leave if i in stages else n
-        seen = prefix + (left if before else n)  # tokens that the attention sees
-        linear = linear_macs(attention), linear_macs(own.mlp(block))
-        macs = sum(block_macs(seen, prefix + left, queries.get(i), linear[0], width, linear[1]))
-        by_block.append(macs + (method.macs(stages[i], family.width(model)) if i in stages else 0))
-        n = left
+    for segment in own.segments(inside, size):
+        n, prefix = math.prod(segment.grid), segment.prefix
+        n = n if visible is None else visible.visible(n, inside.mask_ratio)
+        stages, queries, before = {}, {}, False
+        if is_pruned(inside) and (pruning := inside.pruning.within(segment.indices)).at:
+            method, counts = pruning.method, pruning.counts(n)
+            stages, before = dict(zip(pruning.at, counts)), method.place is Place.BEFORE
+            queries = {i: method.queries for i, s in pruning.listeners.items() if counts[s].kept < counts[s].enter}
+        for i, block in zip(segment.indices, segment.blocks):
+            left = stages[i].leave if i in stages else n
+            seen = prefix + (left if before else n)  # tokens that the attention sees
+            macs = sum(own.block_macs(block, seen, prefix + left, queries.get(i), segment.grid))
+            by_block.append(macs + (method.macs(stages[i], segment.width) if i in stages else 0))
+            n = left
     head = family.head_macs(model, n)
     return Cost(embed + sum(by_block) + head, tuple(by_block), embed, head)
-
-
-def block_macs(seen, left, queries, attention, width, mlp):
-    """MACs of a block, by kind. Plain arithmetic: `tpbook.book.cost` hands it symbols.
-
-    Args:
-        seen, left: tokens that its attention sees and that its MLP gets, prefix tokens among them.
-        queries: whose rows of QKᵀ a method reads besides: "class", "all" or None.
-        attention, mlp: MACs of one token through the linear layers of each.
-        width: of all heads together.
-
-    Returns:
-        Linear layers; QKᵀ and AV; the rows.
-    """
-    rows = {"class": 1, "all": seen, None: 0}[queries]
-    return seen * attention + left * mlp, 2 * seen * seen * width, rows * seen * width
 
 
 def _under(macs, name):

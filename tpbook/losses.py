@@ -10,7 +10,8 @@ original N tokens to be kept after stage s, D^(s) the running decisions, z logit
     ratio_sum  = Σ_s mean_images (mean_i D_i^(s) − ρ^(s))²      the paper divides by S here, the code in `total`
     logit_kl   = KL(softmax z' ‖ softmax z), mean over images             the paper writes KL(z ‖ z')
     token mse  = mean over kept tokens and channels of (t − t')²          the paper sums over channels
-          kl   = mean over kept tokens of KL(softmax t' ‖ softmax t)      over channels; LV-ViT's recipe, and dTPS's
+          kl   = mean over kept tokens of KL(softmax t' ‖ softmax t)      over channels, dTPS's recipe; with LV-ViT
+                                                 over the classes of its auxiliary head: t and t' are that head's logits
     total      = cls + 2·ratio_sum/S + ½·logit_kl + ½·token
 
 "Kept" is after the last stage, and the token term's mean is over the kept tokens of the whole batch. With several
@@ -24,23 +25,32 @@ import torch.nn.functional as F
 TOKEN = ("mse", "kl")
 
 
-def classification(logits, labels, *, teacher_logits=None, logit_weight=0.5):
+def classification(logits, labels, *, teacher_logits=None, logit_weight=0.5, token_logits=None, aux_weight=0.5):
     """Cross-entropy, and where a teacher is given KL to its logits.
+
+    With `token_logits` also LV-ViT's token labels (``tlt/loss/cross_entropy.py`` of zihangJiang/TokenLabeling) where
+    nobody has labelled the tokens: each has its image's label. Its weights are 1 and ½.
 
     Args:
         logits: (B, classes).
         labels: (B,) int64 or (B, classes) probabilities.
         teacher_logits: (B, classes) or None.
         logit_weight: of `logit_kl` in the total.
+        token_logits: (B, N, classes) or None.
+        aux_weight: of `aux` in the total.
 
     Returns:
-        dict: "cls", "total", and with a teacher "logit_kl".
+        dict: "cls", "total", with a teacher "logit_kl", and with `token_logits` "aux".
     """
     terms = {"cls": F.cross_entropy(logits, labels)}
     terms["total"] = terms["cls"]
     if teacher_logits is not None:
         terms["logit_kl"] = _kl(logits, teacher_logits)
         terms["total"] = terms["cls"] + logit_weight * terms["logit_kl"]
+    if token_logits is not None:
+        every = labels.repeat_interleave(token_logits.shape[1], 0)  # (B·N,) or (B·N, classes)
+        terms["aux"] = F.cross_entropy(token_logits.flatten(0, 1), every)
+        terms["total"] = terms["total"] + aux_weight * terms["aux"]
     return terms
 
 
@@ -109,7 +119,8 @@ def dynamicvit(
     }
     if teacher_logits is not None:
         terms["logit_kl"] = _kl(logits, teacher_logits)
-        kept = (trace.decisions[-1] > 0.5).float()  # (B, N); a weight, since picking tokens by it would make a GPU wait
+        last = trace.features.new_ones(trace.features.shape[:2]) if trace.whole else trace.decisions[-1]
+        kept = (last > 0.5).float()  # (B, N); a weight, since picking tokens by it would make a GPU wait
         ours, theirs = trace.features[:, : kept.shape[1]].float(), teacher_features.float()  # (B, N, C) each
         gap = (ours - theirs).square().mean(dim=-1) if token == "mse" else _kls(ours, theirs)  # (B, N)
         terms["token"] = (gap * kept).sum() / kept.sum()

@@ -3,15 +3,15 @@
 Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .attention import AttentionMask
 from .methods.counts import StageCount, Wish, quiet_counts, token_counts
 from .methods.parts import Call, Method, Place
+from .record import Seen
 from .tokens import Tokens
-from .tracing import Seen
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Pruning:
     keep: int | tuple[int, ...] | None
     invert: bool
     seed: int | None
+    options: dict = field(default_factory=dict)  # of the model's family
 
     @property
     def ratios(self):
@@ -36,6 +37,13 @@ class Pruning:
     def counts(self, patches):
         """list of `StageCount`, one a stage, for N = `patches`."""
         return token_counts(patches, self.ratios, self.method)
+
+    def within(self, blocks):
+        """What of it concerns a range of blocks."""
+        stages = [s for s, i in enumerate(self.at) if i in blocks]
+        several = {"at": self.at, "keep_ratio": self.keep_ratio, "keep": self.keep}
+        several = {name: tuple(value[s] for s in stages) for name, value in several.items() if isinstance(value, tuple)}
+        return replace(self, **several)
 
     @property
     def listeners(self):
@@ -69,14 +77,23 @@ class Sized:
 class Plan:
     """What the blocks of a pruned model share: read by every forward, written by none.
 
-    `onnx_plan.py` overrides `counts`, `keeps_all` and `order`.
+    `onnx_plan.py` overrides `counts`, `keeps_all` and `order`. A model whose map changes between its blocks has a
+    plan for each map, and `Plans` of them.
     """
 
-    def __init__(self, pruning, family, model):
-        self.family, self.prefix, self.grid = family, family.prefix(model), family.grid(model)
-        self.patches = self.grid[0] * self.grid[1]
+    decides = True  # on the tokens that come out
+
+    def __init__(self, pruning, family, segment, first=0, skip=0):
+        self.family, self.prefix, self.grid, self.blocks = family, segment.prefix, segment.grid, segment.indices
+        self.first, self.skip = first, skip  # stages, and patches, of the plans before it
+        self.patches, self.pooled = segment.grid[0] * segment.grid[1], segment.pooled
         self.trace = None  # a Trace, while somebody looks
         self.adopt(pruning)
+
+    @property
+    def plans(self):
+        """As `Plans.plans`: itself."""
+        return (self,)
 
     def __getstate__(self):
         return {**self.__dict__, "trace": None}  # whoever looks at this model does not look at its copy
@@ -106,6 +123,10 @@ class Plan:
         if not (method.reduce.ordered or method.score.settled):
             return scores.topk(kept, largest=not invert).indices
         return scores.argsort(dim=1, descending=not invert, stable=method.score.settled)
+
+    def shares(self, decisions):
+        """What a learned method trains towards, one a stage: of decisions (B, N), those of this plan first."""
+        return self.pruning.shares(decisions[0].shape[1])
 
     # ---- one forward
 
@@ -148,8 +169,10 @@ class Plan:
         if reducing and self.family.positioned and tokens.patch is None:  # from here on who is who matters
             every = _every(x, x.shape[1])
             tokens = tokens.replace(patch=every, host=every)
-        skip = sum(earlier.enter for earlier in tokens.counts[:s])
-        call = Call(tokens, x, self.prefix, s, predictor, self.grid, self.pruning.seed, skip)
+        if sampling or reducing:
+            tokens = self.family.leaving(tokens, self)
+        skip = self.skip + sum(earlier.enter for earlier in tokens.counts[:s])
+        call = Call(tokens, x, self.prefix, self.first + s, predictor, self.grid, self.pruning.seed, skip)
         if sampling:
             scores, keep = method.score.decide(call, self.pruning.invert)
             left = method.reduce.masked(tokens, keep, call)
@@ -166,10 +189,42 @@ class Plan:
         return left.replace(record=(*left.record, Seen(scores, None if sampling else left.patch, host, alive, x)))
 
     def end(self, tokens):
-        """What the last block hands on: the tensor; or `Tokens`, while a pool has to know which tokens count."""
+        """What the last block hands on: the tensor, or `Tokens` where what comes has to know which there are."""
         if tokens.record is not None and self.trace is not None:
-            self.trace.fill(tokens.record)
-        return tokens.x if tokens.keep is None or not self.family.pools_tokens else tokens
+            self.trace.fill(tokens.record, self.first)
+        return tokens if self.family.keeps_tokens(tokens) else tokens.x
+
+
+class Plans:
+    """In the place of a `Plan` where a model has several maps: the plans of those with a stage, and their one knob."""
+
+    def __init__(self, pruning, plans):
+        self.pruning, self.plans = pruning, plans
+
+    @property
+    def family(self):
+        """That of the model."""
+        return self.plans[0].family
+
+    @property
+    def trace(self):
+        """The `Trace` of whoever looks, or None."""
+        return self.plans[0].trace
+
+    @trace.setter
+    def trace(self, trace):
+        for plan in self.plans:
+            plan.trace = trace
+
+    def adopt(self, pruning):
+        """Take another keep ratio."""
+        for plan in self.plans:
+            plan.adopt(pruning.within(plan.blocks))
+        self.pruning = pruning
+
+    def shares(self, decisions):
+        """As `Plan.shares`."""
+        return [share for plan in self.plans for share in plan.shares(decisions[plan.first :])]
 
 
 def _every(x, patches):

@@ -33,6 +33,8 @@ class Tokens(NamedTuple):
     """(B, n), the running keep mask D; only while a learned method trains."""
     heard: Tensor | None = None
     """(B, T) float32, what the last attention let a score hear; None if nobody asks."""
+    gone: Tensor | None = None
+    """(B, N, C), each patch as it was when it was removed, zero while it stays; None unless it comes back so."""
     record: tuple | None = None
     """One `tpbook.tracing.Seen` a stage so far; None if nobody traces."""
 

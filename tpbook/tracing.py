@@ -4,84 +4,13 @@ Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .checks import check_name
 from .families import family_of
 from .mixing import enter, leave
-from .tokens import Tokens
-
-
-class Seen(NamedTuple):
-    """What one stage adds to a record: those of the lists below that apply to it."""
-
-    scores: Tensor
-    kept: Tensor | None
-    host: Tensor | None
-    decisions: Tensor | None
-    entered: Tensor
-
-
-@dataclass
-class Trace:
-    """What the last forward inside `tpbook.trace` did. Lists that do not apply are empty.
-
-    B images, N patches at the input, n tokens entering a stage, n_s patch tokens leaving stage s.
-    """
-
-    kept: list[Tensor] = field(default_factory=list)
-    """One (B, n_s) int64 a stage, the original patch of each surviving token, in token order; −1 for a fused token."""
-    host: list[Tensor] = field(default_factory=list)
-    """TPS, one (B, N) int64 a stage, the original patch whose token now carries each patch; itself for kept ones."""
-    scores: list[Tensor] = field(default_factory=list)
-    """One (B, n) a stage, what the choice was made on, in the token order entering the stage."""
-    decisions: list[Tensor] = field(default_factory=list)
-    """Training a learned method, one (B, N) a stage, straight-through keep masks, cumulative, with gradient."""
-    visible: Tensor | None = None
-    """(B, n) int64, the patches that a masked model saw, in token order; None where it saw all."""
-    features: Tensor | None = None
-    """(B, n, C), the final patch tokens after the last norm, for distillation."""
-    entered: list[Tensor] = field(default_factory=list)
-    """One (B, n, C) a stage, the patch tokens that entered it, before any norm."""
-    grid: tuple = ()
-    """(rows, columns) of the N patches of an image of the model's own size."""
-    norm: object = field(default=None, repr=False)
-    """What brings the tokens of `entered` to the scale of `features`: the last norm."""
-
-    def fill(self, record):
-        """Replace what an earlier forward left by one `Seen` a stage."""
-        self.kept = [seen.kept for seen in record if seen.kept is not None]
-        self.host = [seen.host for seen in record if seen.host is not None]
-        self.scores = [seen.scores for seen in record]
-        self.entered = [seen.entered for seen in record]
-        self.decisions = [seen.decisions for seen in record if seen.decisions is not None]
-
-
-class Traced:
-    """Mixed into the class of the last norm, ahead of its own class."""
-
-    def forward(self, x, *args, **kwargs):
-        """What the norm gives; of `Tokens`, `Tokens`."""
-        through = isinstance(x, Tokens) and not hasattr(self, "_last")  # a norm, not the last block
-        y = super().forward(x.x if through else x, *args, **kwargs)  # (B, P + n, C)
-        if self._plan.trace is not None:
-            self._plan.trace.features = (y.x if isinstance(y, Tokens) else y)[:, self._plan.prefix :]
-        y = x.replace(x=y) if through else y
-        return self._plan.family.hand_on(y, self._plan.prefix) if isinstance(y, Tokens) else y
-
-
-class Listening:
-    """In the place of a `Plan` while a model that is not pruned is traced."""
-
-    def __init__(self, prefix):
-        self.prefix, self.trace = prefix, None
-
-    def __getstate__(self):
-        return {**self.__dict__, "trace": None}  # a copy of the model is not looked at
+from .record import Listening, Trace, Traced
 
 
 @contextmanager
@@ -108,24 +37,27 @@ def trace(model):
     record = Trace(grid=tuple(family.grid(model)), norm=family.norm(model))
     norm, hides = record.norm, getattr(model, "patch_drop", None) if hasattr(model, "mask_ratio") else None
     if "_plan" not in norm.__dict__:
-        with _listening(norm, family.prefix(model)), trace(model) as record:
+        with _listening(norm, family_of(family.inside(model)).traced, family.prefix(model)), trace(model) as record:
             yield record
         return
-    plan = norm._plan
-    outer, plan.trace = plan.trace, record
+    inside, outer = family.inside(model), norm._plan.trace
+    plans = (norm._plan, getattr(inside, "_plan", norm._plan))  # of the last map, and of all
+    for plan in plans:
+        plan.trace = record
     if hides is not None:
         hides.record = record
     try:
         yield record
     finally:
-        plan.trace = outer
+        for plan in plans:
+            plan.trace = outer
         if hides is not None:
             hides.record = outer
 
 
 @contextmanager
-def _listening(norm, prefix):
-    enter(norm, Traced, _plan=Listening(prefix))
+def _listening(norm, traced, prefix):
+    enter(norm, traced, _plan=Listening(prefix))
     try:
         yield
     finally:

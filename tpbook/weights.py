@@ -13,41 +13,28 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import VisionTransformer, clean_state_dict
+from timm.models import clean_state_dict
 from torch import nn
 
-from .digits import MEAN, PATCH, SIZE, STD
+from .backbones.digits_models import DIGITS, build_digits_vit
 from .engine import prune
+from .families import family_of, is_known
 from .methods import METHODS
 
-DIGITS = "vit_digits_patch4_56"
-
-
-def build_digits_vit(**kwargs):
-    """The small ViT of the embedded digits, with random weights: 12 blocks, 196 patches, one grey channel.
-
-    Args:
-        **kwargs: passed on to timm's `VisionTransformer`, over the defaults.
-    """
-    images = {"img_size": SIZE, "patch_size": PATCH, "in_chans": 1, "num_classes": 10}
-    width = {"embed_dim": 64, "depth": 12, "num_heads": 2, "mlp_ratio": 2, "weight_init": "jax"}
-    model = VisionTransformer(**{**images, **width, **kwargs})
-    model.pretrained_cfg = {  # what timm keeps of its own models: how to prepare a picture
-        "input_size": (1, SIZE, SIZE), "mean": (MEAN,), "std": (STD,), "crop_pct": 1.0, "interpolation": "bicubic",
-    }  # fmt: skip
-    return model
+PACKAGED = files("tpbook") / "pretrained"
 
 
 def load_backbone(name, **kwargs):
     """A timm model with trained weights, in eval mode.
 
     Args:
-        name: "vit_digits_patch4_56" (comes with the package) or any timm model name.
+        name: any name that timm knows, those of `tpbook.backbones` among them.
         **kwargs: passed on to `timm.create_model`. As timm does, wherever the weights are from: another `num_classes`
             than theirs gives a new head with random weights (0 gives none), `img_size` resamples the position
             embedding, `in_chans` adapts the first layer.
 
-    Weights are `$TPBOOK_WEIGHTS/<name>.safetensors` where that file is there, else those of timm's hub.
+    Weights are those that come with the package, of the models of the digits; else `$TPBOOK_WEIGHTS/<name>.safetensors`
+    where that file is there, else those of timm's hub.
 
     Returns:
         The model. Nothing but such a new head has random weights.
@@ -55,16 +42,18 @@ def load_backbone(name, **kwargs):
     Raises:
         TypeError: an argument that the model does not take.
         ValueError: timm knows no such model, or the file does not fit it.
+        ImportError: the model is of an optional library that is not there; the message says what to install.
         RuntimeError: no file, and timm's hub gave no weights either.
     """
     classes = kwargs.pop("num_classes", None)
     if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int) or classes < 0):
         raise TypeError(f"num_classes must be an int of at least 0, got {classes!r}")
-    if name == DIGITS:
-        with as_file(files("tpbook") / "pretrained" / f"{DIGITS}.safetensors") as path:
-            model = load_checkpoint(_made(name, build_digits_vit, **kwargs), path)
-    elif not timm.is_model(name):
+    if not timm.is_model(name):
         raise ValueError(f"name must be {DIGITS!r} or a timm model (timm.list_models()), got {name!r}")
+    packaged = PACKAGED / f"{name}.safetensors"
+    if packaged.is_file():
+        with as_file(packaged) as path:
+            model = load_checkpoint(_made(name, timm.create_model, name, **kwargs), path)
     else:
         folder = os.environ.get("TPBOOK_WEIGHTS")
         path = Path(folder) / f"{name}.safetensors" if folder else None
@@ -145,8 +134,7 @@ def load_trained_digits(method, *, keep_ratio=0.5):
     Raises:
         ValueError: another method; those need no training.
     """
-    folder = files("tpbook") / "pretrained"
-    trained = {name: file for name in METHODS if (file := folder / f"{DIGITS}_{name}.safetensors").is_file()}
+    trained = {name: file for name in METHODS if (file := PACKAGED / f"{DIGITS}_{name}.safetensors").is_file()}
     if method not in trained:
         raise ValueError(f"method must be {' or '.join(trained)}, got {method!r}")
     model = prune(build_digits_vit(), method, keep_ratio=keep_ratio)
@@ -155,10 +143,13 @@ def load_trained_digits(method, *, keep_ratio=0.5):
 
 
 def load_checkpoint(model, path):
-    """Load a state dict strictly: official `.pth` files (`{"model": …}`, `{"state_dict": …}` or bare) and safetensors.
+    """Load a state dict strictly: official `.pth` files and safetensors.
 
-    The prefixes "module." and "_orig_mod.", of data-parallel and compiled models, are taken off. Pickles are read with
-    `weights_only=True`; the training arguments that DeiT-style files carry are allowed.
+    A `.pth` file holds it bare or, the first that is there, as "model", "state_dict" or "state_dict_ema".
+
+    The prefixes "module." and "_orig_mod.", of data-parallel and compiled models, are taken off. Where timm gave a
+    model other names than its authors, theirs fit too. Pickles are read with `weights_only=True`; the training
+    arguments that DeiT-style files carry are allowed.
 
     Args:
         model: any module, pruned or not: an official DynamicViT or dTPS file fits a model pruned by that method.
@@ -172,6 +163,8 @@ def load_checkpoint(model, path):
         ValueError: the file cannot be read, or its keys or shapes are not the model's; the message names them.
     """
     state = _read(path)
+    if is_known(model):
+        state = family_of(model).official(state)
     own = model.state_dict()
     wrong = [
         ("misses", [k for k in own if k not in state]),
@@ -200,7 +193,7 @@ def _read(path):
         raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
     except Exception as error:  # pickle.UnpicklingError and its kin: something other than tensors
         raise ValueError(f"{path} holds more than tensors, so it is not loaded: {error}") from error
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict", "state_dict_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
             break

@@ -57,8 +57,8 @@ class Beit(TimmViT):
         y = block.mlp(block.norm2(x))
         return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
 
-    def hand_on(self, tokens, prefix):
-        return dropped_as_mean(tokens, prefix)  # `forward_head` knows no mean but that of all
+    def hand_on(self, tokens, plan):
+        return dropped_as_mean(tokens, plan.prefix)  # `forward_head` knows no mean but that of all
 
     # ---- cost
 

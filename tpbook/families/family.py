@@ -7,15 +7,45 @@ A model must hold a list of blocks that its own forward calls one after another,
 P tokens are never pruned.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
+from timm.layers import get_device_dtype
+from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
+from ..checks import default_at
+from ..mixing import enter, leave
+from ..plan import Plan, Plans
+from ..pruned import PrunedBlock
+from ..record import Traced
+from .costs import Costed
 
-class Family:
+
+class Segment(NamedTuple):
+    """Blocks that work on one map."""
+
+    first: int  # the index of the first of them among all blocks
+    blocks: list
+    norm: nn.Module  # that gives their final sequence: the norm after the last block, or that block
+    prefix: int  # P
+    grid: tuple  # (rows, columns)
+    width: int  # C
+    pooled: bool = False  # whether the model averages the map that comes out, and asks nobody which tokens count
+
+    @property
+    def indices(self):
+        """Their numbers among all blocks, a range."""
+        return range(self.first, self.first + len(self.blocks))
+
+
+class Family(Costed):
     """Base of all families; the docstring of each method says what it answers."""
 
     name: str  # as errors list it
     mixin: type  # mixed into the class of a pruned model: what of its public calls needs to know
+    traced = Traced  # mixed into the class of `norm`: what notes the final tokens
     exported = False  # whether `tpbook.export` writes it: (B, C, H, W) images to a tensor of logits
 
     def fits(self, model):
@@ -29,6 +59,71 @@ class Family:
     def inside(self, model):
         """The model that gets pruned: this one, or the one that it holds, which is of another family."""
         return model
+
+    # ---- how it is pruned
+
+    options = ()  # of `tpbook.prune`, which models of this family take beside the method's
+
+    def segments(self, model, size=None):
+        """The stretches of blocks that work on one map each, in order: a flat ViT has one.
+
+        Args:
+            model: of this family.
+            size: (height, width) of the image in pixels; None is the model's own.
+
+        Returns:
+            list of `Segment`.
+        """
+        grid = self.grid(model)
+        if size is not None:
+            grid = tuple(side // patch for side, patch in zip(size, self.patch_size(model)))
+        return [Segment(0, self.blocks(model), self.norm(model), self.prefix(model), grid, self.width(model))]
+
+    def default_at(self, model, method):
+        """The blocks that a `Method` prunes unless others are named."""
+        return default_at(len(self.blocks(model)))
+
+    def patches(self, model, at):
+        """How many patch tokens there are before each stage if none before it removed any: N, one a stage."""
+        return [math.prod(segment.grid) for i in at for segment in self.segments(model) if i in segment.indices]
+
+    def check(self, model, pruning):
+        """Why this family cannot be pruned so, a sentence; or None."""
+        return None
+
+    def install(self, model, pruning):
+        """Make it a pruned model, by a `Pruning` that was checked."""
+        segments, plans, skip = self.segments(model), [], 0
+        pruned = [segment for segment in segments if set(pruning.at) & set(segment.indices)]
+        for segment in pruned:  # warns where a stage would keep no token
+            first = sum(i < segment.first for i in pruning.at)
+            plans.append(Plan(pruning.within(segment.indices), self, segment, first, skip))
+            skip += plans[-1].patches
+        predictors = [None] * len(pruning.at)
+        if pruning.method.score.learned:
+            dd, widths = get_device_dtype(model), [s.width for i in pruning.at for s in pruned if i in s.indices]
+            predictors = nn.ModuleList(pruning.method.score.build(width, **dd) for width in widths)
+            predictors.apply(init_weights_vit_timm)
+            model.score_predictor = predictors.train(model.training)
+        for segment, plan in zip(pruned, plans):
+            _prune(segment, plan, predictors[plan.first :])
+        enter(model, self.mixin, _plan=plans[0] if len(segments) == 1 else Plans(pruning, plans))
+
+    def remove(self, model):
+        """Undo `install`."""
+        leave(model, "_plan")
+        for segment in self.segments(model):
+            for block in segment.blocks:
+                if "_stage" in block.__dict__:
+                    leave(block, "_plan", "_stage", "_place", "_predictor", "_hears", "_last", "_closes")
+            if "_plan" in segment.norm.__dict__:
+                leave(segment.norm, "_plan")
+        if hasattr(model, "score_predictor"):
+            del model.score_predictor
+
+    def predictors(self, model):
+        """The score predictors of a pruned model, one a stage; none where nothing is learned."""
+        return list(getattr(model, "score_predictor", ()))
 
     # ---- the model
 
@@ -93,6 +188,26 @@ class Family:
     positioned = False  # whether `positions` needs `patch`
     pools_tokens = False  # whether, while a learned method trains, the last block hands `Tokens` on to the model's pool
 
+    def leaving(self, tokens, plan):
+        """`Tokens` that enter a stage which will remove some: what has to be remembered of those."""
+        return tokens
+
+    def keeps_tokens(self, tokens):
+        """Whether what comes after the last block has to know which tokens there are: then it gets `Tokens`."""
+        return self.pools_tokens and tokens.keep is not None
+
+    def wrap(self, y):
+        """What the library's loop expects of a block."""
+        return y
+
+    def attend(self, block, tokens, mask, arguments):
+        """The tokens after the attention half: `Tokens` and an `AttentionMask` or None → (B, T, C)."""
+        return self.first(block, tokens.x, mask, arguments)
+
+    def transform(self, block, tokens, arguments):
+        """The tokens after the MLP half: `Tokens` → (B, T, C)."""
+        return self.second(block, tokens.x)
+
     def first(self, block, x, mask, arguments):
         """x plus the attention half: (B, T, C) and an `AttentionMask` or None → (B, T, C)."""
         raise NotImplementedError
@@ -101,85 +216,60 @@ class Family:
         """x plus the MLP half: (B, T, C) → (B, T, C)."""
         raise NotImplementedError
 
-    def hand_on(self, tokens, prefix):
-        """What the last norm hands on while a learned method trains, if `pools_tokens`: `Tokens`, or (B, P + n, C)."""
+    def hand_on(self, tokens, plan):
+        """What the last norm hands on where `keeps_tokens`: `Tokens`, or (B, P + n, C)."""
         return tokens
 
-    # ---- cost, and the image that a model wants
+    def official(self, state):
+        """A state dict under the library's names, of one that may be under those of the model's authors."""
+        return state
 
-    def channels(self, model):
-        """Of the image."""
-        raise NotImplementedError
+    # ---- training
 
-    def image_size(self, model):
-        """(height, width) in pixels, the model's own."""
-        raise NotImplementedError
+    def class_logits(self, model, images):
+        """What a teacher says of images, as the loss of its student wants it: (B, in_chans, H, W) → (B, classes)."""
+        return model(images)
 
-    def patch_size(self, model):
-        """(height, width) in pixels."""
-        raise NotImplementedError
+    added = ("score_predictor",)  # names of the modules and parameters that pruning adds, somewhere in the model
 
-    def resized(self, model, size):
-        """A model that takes images of (height, width) pixels, perhaps a copy."""
-        raise ValueError(f"image_size must be {self.image_size(model)} or None for a {self.name}, got {size}")
-
-    def at_size(self, model, image_size):
-        """The model for that input size, an int, (height, width) or None for its own; and the size.
-
-        Raises:
-            ValueError: the image does not cut into whole patches, or the model has one size.
-        """
-        own, patch = self.image_size(model), self.patch_size(model)
-        if image_size is None:
-            return model, own
-        size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-        if len(size) != 2 or any(not isinstance(s, int) or s <= 0 or s % p for s, p in zip(size, patch)):
-            raise ValueError(f"image_size must be one or two multiples of the patch size {patch}, got {image_size!r}")
-        return (model if size == own else self.resized(model, size)), size
-
-    def embedding(self, model):
-        """The module that makes patch tokens."""
-        raise NotImplementedError
-
-    def patch_macs(self, model):
-        """MACs of one patch in `embedding`."""
-        found = [module for module in self.embedding(model).modules() if isinstance(module, nn.Conv2d)]
-        if len(found) != 1:
-            raise TypeError(f"model must make its patches by one convolution, got {len(found)}")
-        return found[0].weight.numel()
-
-    def attention(self, block):
-        """(module of the attention, width of all its heads together)."""
-        return block.attn, block.attn.num_heads * block.attn.head_dim
-
-    def mlp(self, block):
-        """The module of the MLP."""
-        return block.mlp
-
-    def head_macs(self, model, n):
-        """MACs after the last norm, of n patch tokens that are left."""
-        raise NotImplementedError
+    def distilled(self, model, features):
+        """What the token loss compares: the final patch tokens (B, n, C) → (B, n, …)."""
+        return features
 
 
-def linear_macs(module):
-    """MACs of one token through every linear layer in a module."""
-    layers = [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)]
-    layers += [layer.in_proj_weight for layer in module.modules() if hasattr(layer, "in_proj_weight")]
-    return sum(weight.numel() for weight in layers)
+def _prune(segment, plan, predictors):
+    """Give the blocks of a `Segment`, and its norm, the classes that its `Plan` serves; its `predictors` come first."""
+    pruning, blocks = plan.pruning, segment.blocks
+    stages, hears = dict(zip(pruning.at, enumerate(predictors))), pruning.listeners
+    closes = segment.norm is blocks[-1]
+    for i, block in enumerate(blocks, segment.first):
+        if i < min((pruning.at[0], *hears)):
+            continue
+        s, predictor = stages.get(i, (None, None))
+        place = None if s is None else pruning.method.place
+        enter(block, PrunedBlock, _plan=plan, _stage=s, _place=place, _predictor=predictor, _hears=hears.get(i),
+              _last=block is blocks[-1], _closes=closes)  # fmt: skip
+    if not closes:
+        enter(segment.norm, Traced, _plan=plan)
 
 
 def dropped_as_mean(tokens, prefix):
+    """`Tokens` → (B, P + n, C), where the rows of dropped tokens are the mean of the others."""
+    return torch.cat([tokens.x[:, :prefix], mean_elsewhere(tokens.x[:, prefix:], tokens.keep)], dim=1)
+
+
+def mean_elsewhere(x, keep):
     """Rows of dropped tokens become the mean of the others: then the mean of all is that of the others too, exactly.
 
     For models that average their patches and ask nobody which ones count.
 
     Args:
-        tokens: `Tokens`, x (B, P + n, C) and D = keep (B, n).
-        prefix: P.
+        x: (B, n, C).
+        keep: (B, n), D.
 
     Returns:
-        (B, P + n, C).
+        (B, n, C).
     """
-    x, keep = tokens.x[:, prefix:], tokens.keep.unsqueeze(-1).to(tokens.dtype)  # (B, n, C), (B, n, 1)
+    keep = keep.unsqueeze(-1).to(x.dtype)  # (B, n, 1)
     mean = (x * keep).sum(dim=1, keepdim=True) / keep.sum(dim=1, keepdim=True)  # (B, 1, C)
-    return torch.cat([tokens.x[:, :prefix], x * keep + mean * (1 - keep)], dim=1)
+    return x * keep + mean * (1 - keep)

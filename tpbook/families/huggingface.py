@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..engine import PrunedModel
-from .family import Family, dropped_as_mean, linear_macs
+from ..pruned import PrunedModel
+from .costs import linear_macs
+from .family import Family, dropped_as_mean
 
 
 class Layer(NamedTuple):
@@ -100,7 +101,7 @@ class HuggingFace(Family):
         version = sys.modules["transformers"].__version__
         if int(version.split(".")[0]) < NEEDED:
             return f"is of transformers {version}, and tpbook needs transformers >= {NEEDED}"
-        kind = _library_class(model)
+        kind = library_class(model)
         if kind.endswith(MAPS):
             return "lays its tokens on a map, and those that get removed would leave holes: prune the model without it"
         name, _ = self._find(model)
@@ -146,8 +147,8 @@ class HuggingFace(Family):
             return f"a learned score cannot train on {type(model).__name__}, whose attention pool takes no mask"
         return None
 
-    def hand_on(self, tokens, prefix):
-        return dropped_as_mean(tokens, prefix)
+    def hand_on(self, tokens, plan):
+        return dropped_as_mean(tokens, plan.prefix)
 
     # ---- a layer
 
@@ -256,8 +257,9 @@ def _row(table, module):
     return None if cls is None else table[cls.__name__]
 
 
-def _library_class(model):
-    return next(cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("transformers."))
+def library_class(module):
+    """The name of the first class of transformers' that it is of; or None."""
+    return next((c.__name__ for c in type(module).__mro__ if c.__module__.startswith("transformers.")), None)
 
 
 def _pair(size):

@@ -11,8 +11,9 @@ from open_clip.model import CLIP, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import Attention, CustomResidualAttentionBlock, ResidualAttentionBlock, VisionTransformer
 
-from ..engine import PrunedModel
-from .family import Family, dropped_as_mean, linear_macs
+from ..pruned import PrunedModel
+from .costs import linear_macs
+from .family import Family, dropped_as_mean
 from .multihead import attend, unknown
 from .wrapper import Wrapper
 
@@ -80,8 +81,8 @@ class OpenClipTower(Family):
             return "a learned score cannot train on a tower with attentional_pool, whose pool takes no mask"
         return None
 
-    def hand_on(self, tokens, prefix):
-        return dropped_as_mean(tokens, prefix)
+    def hand_on(self, tokens, plan):
+        return dropped_as_mean(tokens, plan.prefix)
 
     # ---- a block
 

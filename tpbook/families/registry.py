@@ -9,11 +9,18 @@ from .family import Family
 
 # library → the families of its models, the more special first: (file of this folder, class)
 FAMILIES = {
-    "timm": [("timm_vit", "TimmViT"), ("eva", "Eva"), ("beit", "Beit"), ("naflex", "NaFlex")],
-    "transformers": [("huggingface", "HuggingFace"), ("huggingface", "DINOv3"), ("timm_wrapper", "TimmWrapper")],
+    "timm": [
+        ("lvvit", "LVViT"), ("t2t_vit", "T2TViT"), ("ps_vit", "PSViT"), ("timm_vit", "TimmViT"), ("eva", "Eva"),
+        ("beit", "Beit"), ("naflex", "NaFlex"), ("pvt", "PVTv2"), ("fast_swin", "FastSwin"),
+        ("fast_convnext", "FastConvNeXt"),
+    ],
+    "transformers": [
+        ("huggingface", "HuggingFace"), ("huggingface", "DINOv3"), ("timm_wrapper", "TimmWrapper"), ("hf_pvt", "PVT"),
+        ("hf_cvt", "CvT"),
+    ],
     "torchvision": [("torchvision_vit", "TorchvisionViT")],
     "open_clip": [("open_clip_tower", "OpenClipTower"), ("open_clip_tower", "OpenClipTimmTower")],
-}
+}  # fmt: skip
 _added = []
 
 

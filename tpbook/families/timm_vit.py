@@ -12,10 +12,11 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from ..engine import PrunedModel
 from ..keep_mask import HIDDEN
+from ..pruned import PrunedModel
 from ..tokens import Tokens
-from .family import Family, linear_macs
+from .costs import linear_macs
+from .family import Family
 
 
 class PrunedTimm(PrunedModel):

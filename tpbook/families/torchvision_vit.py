@@ -9,8 +9,9 @@ The halves of a block::
 from torch import nn
 from torchvision.models.vision_transformer import EncoderBlock, VisionTransformer
 
-from ..engine import PrunedModel
-from .family import Family, linear_macs
+from ..pruned import PrunedModel
+from .costs import linear_macs
+from .family import Family
 from .multihead import attend, unknown
 
 

@@ -5,7 +5,7 @@ The wrapper shares its plan, so `keep_ratio`, `keep` and `pruning` of either are
 
 from copy import deepcopy
 
-from ..engine import PrunedModel
+from ..pruned import PrunedModel
 from .family import Family
 from .registry import family_of
 
@@ -52,6 +52,7 @@ def _asked_inside(name):
     return ask
 
 
-for _name in ("blocks", "norm", "prefix", "grid", "width", "has_class_token", "channels", "image_size", "patch_size",
-              "embedding", "patch_macs", "head_macs"):  # fmt: skip
+for _name in ("blocks", "norm", "prefix", "grid", "width", "segments", "patches", "has_class_token", "class_logits",
+              "distilled", "channels", "image_size", "patch_size", "embedding", "embeddings", "embed_macs",
+              "patch_macs", "head_macs"):  # fmt: skip
     setattr(Wrapper, _name, _asked_inside(_name))

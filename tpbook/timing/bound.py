@@ -21,12 +21,18 @@ def sliced(model):
 
     Returns:
         The bound, a pruned model too.
+
+    Raises:
+        ValueError: the model removes no tokens, but has a fast path for them.
     """
     bound = copy_of(model)
     plan, pruning = bound._plan, bound.pruning
     method = replace(pruning.method, score=Ignored(pruning.method.score), reduce=Slice(pruning.method.reduce))
+    if not all(type(part) is Plan for part in plan.plans):
+        raise ValueError(f"model must be one that removes tokens to have a slicing bound, got {type(model).__name__}")
     plan.adopt(replace(pruning, method=method))
-    plan.__class__ = Unranked
+    for part in plan.plans:
+        part.__class__ = Unranked
     return bound
 
 

@@ -80,7 +80,8 @@ def save_weights(model, path):
     """Write a state dict as safetensors, whole or not at all."""
     part = path.with_suffix(".part")
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}, part)
+        state = model.state_dict()  # copied, since layers may share a tensor, and a file may not
+        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}, part)
         os.replace(part, path)
     except Exception as error:
         part.unlink(missing_ok=True)

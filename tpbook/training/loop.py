@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .. import losses
 from ..book import results
+from ..families import family_of
 from ..methods.evit import keep_rate
 from ..tracing import trace
 from ..weights import load_checkpoint
@@ -50,22 +51,29 @@ EVAL_BATCH = 100
 def terms_of(recipe, accelerator, wrapped, model, teacher, images, labels):
     """One forward of model and teacher, and the method's loss terms (`tpbook.losses`)."""
     theirs, features = (None, None) if teacher is None else taught(accelerator, teacher, images)
+    learned = recipe.method and model.pruning.method.score.learned
     with accelerator.autocast(), fast_attention(model, images), trace(model) as traced:
         logits = wrapped(images)
-    if recipe.method and model.pruning.method.score.learned:
-        patches = traced.decisions[0].shape[1]  # of (B, N)
+        if learned or recipe.aux_weight:
+            traced.features = family_of(model).distilled(model, traced.features)
+    if learned:
         return losses.dynamicvit(
             logits, traced, labels, teacher_logits=theirs, teacher_features=features,
-            keep_ratios=model.pruning.shares(patches), token=recipe.token_loss,
+            keep_ratios=model.shares(traced.decisions), token=recipe.token_loss,
             ratio_weight=recipe.ratio_weight, logit_weight=recipe.logit_weight, token_weight=recipe.token_weight,
         )  # fmt: skip
-    return losses.classification(logits, labels, teacher_logits=theirs, logit_weight=recipe.logit_weight)
+    return losses.classification(
+        logits, labels, teacher_logits=theirs, logit_weight=recipe.logit_weight,
+        token_logits=traced.features if recipe.aux_weight else None, aux_weight=recipe.aux_weight,
+    )  # fmt: skip
 
 
 def taught(accelerator, teacher, images):
-    """What there is to distil: the frozen teacher's logits (B, classes) and final patch tokens (B, N, C)."""
+    """What there is to distil: the frozen teacher's logits (B, classes), and (B, N, …) of its final patch tokens."""
+    family = family_of(teacher)
     with torch.no_grad(), accelerator.autocast(), fast_attention(teacher, images), trace(teacher) as t:
-        return teacher(images), t.features
+        logits = family.class_logits(teacher, images)
+        return logits, family.distilled(teacher, t.features)
 
 
 def run(recipe, out, *, progress=True, **changes):

@@ -56,6 +56,7 @@ class Recipe:
     ratio_weight: float = 2.0
     logit_weight: float = 0.5
     token_weight: float = 0.5
+    aux_weight: float = 0.0  # LV-ViT, dense: of the auxiliary head's cross-entropy, each token with its image's label
 
     # optimisation
     epochs: int = 1
@@ -96,6 +97,7 @@ class Recipe:
         for name in (
             "train_images", "test_images", "lr", "min_lr", "warmup_epochs", "warmup_lr", "weight_decay",
             "freeze_epochs", "clip_grad", "workers", "eval_every", "max_steps", "mixup", "cutmix", "drop_path", "seed",
+            "aux_weight",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
@@ -104,6 +106,8 @@ class Recipe:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
         if self.method and self.mask_ratio != 0:
             raise ValueError(f"mask_ratio must be 0 where a method prunes, got {self.mask_ratio!r} and {self.method!r}")
+        if self.method and self.aux_weight:
+            raise ValueError(f"aux_weight must be 0 where a method prunes, got {self.aux_weight!r} and {self.method!r}")
         if self.data == "digits" and self.repeats > 1:
             raise ValueError(f"repeats must be 1 for digits, whose canvases are new each epoch; got {self.repeats!r}")
 

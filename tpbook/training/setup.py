@@ -21,7 +21,7 @@ from ..engine import is_pruned, prune
 from ..families import family_of
 from ..masking import mask
 from ..methods.parts import Place
-from ..weights import DIGITS, build_digits_vit, load_backbone, load_checkpoint
+from ..weights import DIGITS, load_backbone, load_checkpoint
 from .recipes import make
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -51,6 +51,8 @@ def build(recipe, classes):
         _take_rows(model, classes)
     if model.num_classes != n:
         raise ValueError(f"model {recipe.model!r} has {model.num_classes} classes and data {recipe.data!r} has {n}")
+    if recipe.aux_weight and not hasattr(model, "aux_head"):
+        raise ValueError(f"aux_weight must be 0 for model {recipe.model!r}, which has no auxiliary head")
     channels, own = 1 if recipe.data == "digits" else 3, family_of(model).channels(model)
     if own != channels:
         raise ValueError(
@@ -93,8 +95,6 @@ def lookup_of(recipe, classes):
 
 def new_model(name, classes, **extra):
     """The architecture with random weights."""
-    if name == DIGITS:
-        return build_digits_vit(num_classes=classes, **extra)
     if not timm.is_model(name):
         raise ValueError(f"model must be {DIGITS!r} or a timm model (timm.list_models()), got {name!r}")
     return timm.create_model(name, num_classes=classes, **extra)
@@ -229,16 +229,18 @@ def seed_of(*numbers):
 
 
 def optimizer_of(recipe, model):
-    """timm's optimiser, with groups for score predictors and the rest, decayed or not.
+    """timm's optimiser, with groups for what pruning added and the rest, decayed or not.
 
-    timm's schedules multiply the learning rate of a group by its "lr_scale"; "learned" marks the predictors.
+    timm's schedules multiply the learning rate of a group by its "lr_scale"; "learned" marks what was added: score
+    predictors, and fast paths.
     """
-    groups = {}
+    groups, added = {}, set(family_of(model).added)
+    never = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     for name, p in model.named_parameters():
         p.requires_grad_(not (recipe.frozen and name.startswith(recipe.frozen)))
         if p.requires_grad:
-            decayed = recipe.decay_all or (p.ndim > 1 and name not in model.no_weight_decay())
-            groups.setdefault((name.startswith("score_predictor."), decayed), []).append(p)
+            decayed = recipe.decay_all or (p.ndim > 1 and name not in never)
+            groups.setdefault((not added.isdisjoint(name.split(".")), decayed), []).append(p)
     parameters = [
         {"params": ps, "weight_decay": recipe.weight_decay * decayed, "learned": learned}
         for (learned, decayed), ps in groups.items()
