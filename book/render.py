@@ -87,7 +87,8 @@ def status(out):
     folder = TOP / "notebooks/results"
     committed = {}
     speed = [f"speed/{path.stem}" for path in sorted((folder / "speed").glob("*.json"))]
-    for name in ("digits/matrix", "digits/ablations", "cost-and-speed", *speed):
+    digits = [f"digits/{path.stem}" for path in sorted((folder / "digits").glob("*.json"))]
+    for name in (*digits, "cost-and-speed", *speed):
         made = json.loads((folder / f"{name}.json").read_text())
         committed[name] = {"rows": len(made["rows"]), "minutes": made.get("training_minutes"), **made["run"]}
     reduced = results.made(folder / "imagenette")

@@ -6,7 +6,9 @@ claim follows from the two by these rules, and from nothing else:
 - MACs and parameters: `equal` where the closed form is within half a printed digit (0.03 G for a digitised MACs figure),
   else `not seen`, and the claim must carry a cause.
 - Speed, as the ratio to the dense row of the same table: where the 95 % interval of ours lies above 1, `equal` within 10 % of
-  the published ratio and `same trend` beyond; `contradicted` where it lies below 1, `not seen` where it holds 1.
+  the published ratio and `same trend` beyond; `contradicted` where it lies below 1, `not seen` where it holds 1. So too for two
+  other rows that a claim compares. A figure without a dense row is read as ratios to the slowest row of the same model in it:
+  our choice.
 - Direction, "`ours` is better than `against`": on the same test images `same trend` where the 95 % interval of the mean
   difference excludes zero on the claimed side and every seed agrees, `contradicted` likewise on the other side, else
   `not seen`. A claim of no difference is `contradicted` where the interval excludes zero, `same trend` where it holds zero
@@ -14,7 +16,8 @@ claim follows from the two by these rules, and from nothing else:
 - Any other accuracy: read from an ImageNet run where `notebooks/results/imagenet/` holds one of that model, method, blocks,
   ratio, start and epochs: `equal` where the published value lies in its 95 % interval, else `not seen`. Without one
   `needs ImageNet`.
-- `not covered`: a model or method that this book does not have, or a finding that it has no test for. The row says why.
+- `not covered`: a method that this book does not have, a speed with nothing beside it, or a finding that it has no test for.
+  The row says why.
 """
 
 import csv
@@ -23,12 +26,15 @@ import json
 import re
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import timm
+import torch
 
-from tpbook import METHODS
+import tpbook
 from tpbook.book import plots, results
 
 TOP = Path(__file__).resolve().parent.parent
@@ -36,10 +42,21 @@ CLAIMS, LEDGER, RESULTS = TOP / "book" / "claims.csv", TOP / "book" / "ledger.cs
 STATUSES = ("equal", "same trend", "not seen", "contradicted", "needs ImageNet", "not covered")
 SETTINGS = {  # of the result files: what a reader sees, and how their rows are made again
     "digits/matrix": ("digits, 3 seeds", "make matrix"), "digits/ablations": ("digits, 3 seeds", "make ablations"),
+    "digits/backbones": ("digits, 3 seeds", "make backbones"),
     "imagenette": ("Imagenette, DeiT-Ti, 1 seed", None), "nips": ("nips2017-dev, DeiT-Ti", None),
 }  # fmt: skip
-MODELS = {  # "DeiT": which, the paper does not say
+MODELS = {  # timm's name → what a reader sees; "DeiT": which, the paper does not say
     "deit_tiny_patch16_224": "DeiT-Ti", "deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B", "DeiT": "DeiT",
+    "deit_256_patch16_224": "DeiT-256", "lvvit_t": "LV-ViT-T", "lvvit_s": "LV-ViT-S", "lvvit_m": "LV-ViT-M",
+    "t2t_vit_7": "T2T-ViT-7", "t2t_vit_10": "T2T-ViT-10", "t2t_vit_12": "T2T-ViT-12", "t2t_vit_14": "T2T-ViT-14",
+    "t2t_vit_19": "T2T-ViT-19", "t2t_vit_24": "T2T-ViT-24", "t2t_vit_t_14": "T2T-ViTt-14", "t2t_vit_t_19": "T2T-ViTt-19",
+    "t2t_vit_t_24": "T2T-ViTt-24", "ps_vit_ti_14": "PS-ViT-Ti/14", "ps_vit_b_10": "PS-ViT-B/10", "ps_vit_b_14": "PS-ViT-B/14",
+    "ps_vit_b_18": "PS-ViT-B/18", "convnext_tiny": "ConvNeXt-T", "convnext_small": "ConvNeXt-S", "convnext_base": "ConvNeXt-B",
+    "swin_tiny_patch4_window7_224": "Swin-T", "swin_small_patch4_window7_224": "Swin-S", "swin_base_patch4_window7_224": "Swin-B",
+}  # fmt: skip
+PAGE = {  # what book/imagenet.md trains: model → methods
+    **{f"deit_{size}_patch16_224": ("dense", "dynamicvit", "evit", "dtps", "etps") for size in ("tiny", "small", "base")},
+    "lvvit_s": ("dynamicvit",), "lvvit_m": ("dynamicvit",),
 }  # fmt: skip
 UNITS = {"MACs": "G", "params": "M", "top-1": "%", "top-5": "%", "images/s": "images/s", "finding": ""}
 CONFIG = ("model", "image_size", "method", "fuse", "at", "keep_ratio")
@@ -109,16 +126,52 @@ def configuration(claim):
     return tuple(claim[key] for key in CONFIG)
 
 
+def dense(config):
+    """The configuration of the same model unpruned."""
+    return (*config[:2], "dense", "", "", "1.0")
+
+
 @cache
 def counted():
-    """Configuration → its row of results/cost-and-speed.json, with the threads that it was timed on."""
+    """Configuration → its row of results/cost-and-speed.json, timed beside its own dense model."""
     counts = json.loads((RESULTS / "cost-and-speed.json").read_text())
-    return {configuration(row): {**row, "threads": counts["run"]["threads"]} for row in counts["rows"]}
+    return {configuration(row): row for row in counts["rows"]}
+
+
+@cache
+def compared():
+    """(Configuration, that of what it was timed beside) → the row of times, of those that were not timed beside dense."""
+    counts = json.loads((RESULTS / "cost-and-speed.json").read_text())
+    return {(configuration(row), configuration(row["beside"])): row for row in counts["compared"]}
 
 
 def ours(claim):
     """Whether this book has the claim's model and method."""
-    return claim["model"] in MODELS and claim["method"] in ("dense", *METHODS)
+    return claim["model"] in MODELS and claim["method"] in ("dense", *tpbook.METHODS)
+
+
+@cache
+def backbone(model, image_size, device="meta"):
+    """The model of a claim for that size, dense; with random weights on a device, else to be counted alone."""
+    with torch.device(device):
+        return timm.create_model(model, **({} if image_size == "224" else {"img_size": int(image_size)})).eval()
+
+
+@contextmanager
+def pruned(claim, device="meta"):
+    """The model of a claim, as `backbone` gives it, pruned as the claim says while somebody looks at it."""
+    model = backbone(claim["model"], claim["image_size"], device)
+    if claim["method"] == "dense":
+        yield model
+        return
+    options = {"fuse": claim["fuse"] == "True"} if claim["fuse"] else {}
+    if claim["at"]:
+        options["at"] = tuple(map(int, claim["at"].split()))
+    tpbook.prune(model, claim["method"], keep_ratio=float(claim["keep_ratio"]), **options)
+    try:
+        yield model
+    finally:
+        tpbook.unprune(model)
 
 
 def cost(claim):
@@ -130,21 +183,35 @@ def cost(claim):
     return status, f"{value:.3f} {unit}", [RESULTS / "cost-and-speed.json"]
 
 
-def dense_of(claim, rows):
-    """The dense row that a row of images a second is compared with."""
-    same = ("paper", "table", "model", "image_size", "quantity", "source")
-    found = [r for r in rows if r["method"] == "dense" and all(r[k] == claim[k] for k in same)]
-    return float(found[0]["value"]) if found else None
+def reference(claim, rows):
+    """The row that a row of images a second is compared with: the one that `against` names, else the dense one; or None."""
+    if claim["quantity"] != "images/s" or claim["method"] == "dense":
+        return None
+    want = {key: claim[key] for key in ("paper", "table", "model", "image_size", "quantity", "source")} | {"method": "dense"}
+    want |= dict(pair.split("=", 1) for pair in claim["against"].split("; ") if pair)
+    found = [row for row in rows if want.items() <= row.items() and row != claim]
+    return found[0] if found else None
 
 
-def speed(claim, published):
-    row = counted()[configuration(claim)]
+def timed(claim, other=None):
+    """The row of times of a claim, beside its own dense model or beside another row."""
+    return compared()[configuration(claim), configuration(other)] if other else counted()[configuration(claim)]
+
+
+def speed(claim, published, other=None):
+    """As `cost`; `other` is the row that the claim compares with, where that is not its own dense model."""
+    row = timed(claim, other)
     if row["low"] > 1:
         status = "equal" if abs(row["times"] / published - 1) <= 0.1 else "same trend"
     else:
         status = "contradicted" if row["high"] < 1 else "not seen"
-    said = f"{row['times']:.2f} × dense [{row['low']:.2f}, {row['high']:.2f}]"
+    said = f"{row['times']:.2f} × {beside(other)} [{row['low']:.2f}, {row['high']:.2f}]"
     return status, said, [RESULTS / "cost-and-speed.json"]
+
+
+def beside(other):
+    """What a speed is compared with, in words."""
+    return "dense" if other is None else "dense " * (other["method"] == "dense") + subject(other)
 
 
 @cache
@@ -154,8 +221,8 @@ def imagenet_runs():
 
 
 def trainable(claim):
-    """Whether a run of book/imagenet.md's kind measures it: not top-5, other image sizes or ablations."""
-    plain = not claim["claim"] or re.search(r"\d+ epochs", claim["claim"])
+    """Whether a run of the kind that book/imagenet.md has measures it: not top-5, other image sizes or ablations."""
+    plain = claim["claim"] in ("", "ρ by its cost", "ρ and blocks by its cost") or re.search(r"\d+ epochs", claim["claim"])
     return claim["quantity"] == "top-1" and claim["image_size"] == "224" and bool(plain)
 
 
@@ -167,7 +234,7 @@ def on_imagenet(claim):
     start = "random" if "from scratch" in claim["claim"] else "pretrained"
     for path, result in imagenet_runs():
         r = result["recipe"]
-        blocks = " ".join(map(str, r["at"] or (3, 6, 9))) if r["method"] else ""
+        blocks = " ".join(map(str, r["at"] or (3, 6, 9))) if r["method"] and claim["at"] else ""
         fuse = str(r["options"].get("fuse", True)) if r["method"] == "evit" else ""
         ratio = f"{r['keep_ratio'] if r['method'] else 1.0}"
         if (r["model"], r["method"] or "dense", fuse, blocks, ratio, r["start"], r["epochs"]) == (
@@ -187,16 +254,21 @@ def accuracy(claim):
     return ("equal" if inside else "not seen"), f"{a['percent']:.1f} % [{a['low']:.1f}, {a['high']:.1f}]", [path]
 
 
-def words(claim):
-    """A claim as the ledger says it."""
-    if claim["quantity"] == "finding":
-        return claim["claim"]
+def subject(claim):
+    """What a claim is of: model, size, method and ratio."""
     where = [MODELS.get(claim["model"], claim["model"]) + (f" at {claim['image_size']} px" if claim["image_size"] not in ("", "224") else "")]
     if claim["method"] not in ("", "dense"):
         where.append(plots.NAMES.get(claim["method"], claim["method"]) + (", no fusion" if claim["fuse"] == "False" else ""))
     if claim["keep_ratio"] not in ("", "1.0"):
         where.append(f"ρ = {claim['keep_ratio']}" + (f" at {claim['at'].replace(' ', ', ')}" if claim["at"] not in ("", "3 6 9") else ""))
-    return f"{claim['quantity']}: {', '.join(w for w in where if w)}" + (f"; {claim['claim']}" if claim["claim"] else "")
+    return ", ".join(w for w in where if w)
+
+
+def words(claim):
+    """A claim as the ledger says it."""
+    if claim["quantity"] == "finding":
+        return claim["claim"]
+    return f"{claim['quantity']}: {subject(claim)}" + (f"; {claim['claim']}" if claim["claim"] else "")
 
 
 def entry(claim, rows):
@@ -212,14 +284,12 @@ def entry(claim, rows):
         status, said, files = cost(claim)
         setting = "closed form"
     elif claim["quantity"] == "images/s":
-        dense = dense_of(claim, rows)
-        if claim["method"] != "dense" and dense:
-            ratio = float(claim["value"]) / dense
-            published += f" ({ratio:.2f} × dense)"
-            status, said, files = speed(claim, ratio)
-            setting = f"CPU, {counted()[configuration(claim)]['threads']} threads, float32"
-        else:
-            status = "not covered"
+        other, status = reference(claim, rows), "not covered"
+        if other:
+            ratio, other = float(claim["value"]) / float(other["value"]), None if configuration(other) == dense(configuration(claim)) else other
+            published += f" ({ratio:.2f} × {beside(other)})"
+            status, said, files = speed(claim, ratio, other)
+            setting = f"CPU, {timed(claim, other)['threads']} threads, float32"
     else:
         status, said, files = accuracy(claim)
         setting = "ImageNet"
@@ -232,10 +302,11 @@ def entry(claim, rows):
 
 def tested_on(claim):
     """Data, starts, and whether anything was trained, of a claim of direction."""
-    name, both = claim["ours"].split(";")[0].strip(), f"{claim['ours']}; {claim['against']}"
-    starts = [] if name == "digits/ablations" else dict.fromkeys(re.findall(r"start=([^;]+?)(?: minus|;|$)", both))
+    sides = [*claim["ours"].split(" minus "), *claim["against"].split(" minus ")]
+    name = sides[0].split(";")[0].strip()
+    starts = [] if name == "digits/ablations" else dict.fromkeys(re.findall(r"start=([^;]+)", "; ".join(sides)))
     started = f", {' and '.join(starts)} start" if starts else ""
-    return SETTINGS[name][0] + started + (", not trained" if "trained=false" in both else "")
+    return SETTINGS[name][0] + started + (", not trained" if all("trained=false" in side for side in sides) else "")
 
 
 def command(claim, files):
@@ -243,7 +314,7 @@ def command(claim, files):
     if claim["ours"]:
         again = SETTINGS[claim["ours"].split(";")[0].strip()][1]
         return again or "; ".join(f"make row ROW={path.stem}" for path in files)
-    if ours(claim) and trainable(claim):
+    if trainable(claim) and claim["method"] in PAGE.get(claim["model"], ()):
         return "as in book/imagenet.md"
     return "make cost" if files else ""
 
@@ -252,9 +323,7 @@ def why(claim, status):
     """What explains a status that is not plain from the numbers."""
     if claim["cause"] or status != "not covered":
         return claim["cause"]
-    if claim["quantity"] == "images/s":
-        return "the row that the others are compared with" if claim["method"] == "dense" else "no dense row beside it"
-    return "no test of it here"
+    return "the row that the others are compared with" if claim["quantity"] == "images/s" else "no test of it here"
 
 
 def ledger():

@@ -32,6 +32,19 @@ def test_costs_are_equal_or_explained():
     assert all(entry["status"] == "equal" or entry["why"] for entry in costs)
 
 
+def test_causes_of_parameters():
+    """TPS's LV-ViT-S has as many as with a bias that LV-ViT does not have, in each row."""
+    rows = [c for c in CLAIMS if c["quantity"] == "params" and c["cause"] and ledger.ours(c)]
+    assert {(r["paper"], r["model"], r["cause"]) for r in rows} == {
+        ("TPS", "lvvit_s", "as with a bias on queries, keys and values")
+    }
+    for row in rows:
+        with ledger.pruned(row) as model:
+            ours, bias = sum(p.numel() for p in model.parameters()), 3 * model.embed_dim * len(model.blocks)
+        near = 0.5 * 10 ** -int(row["decimals"])
+        assert abs((ours + bias) / 1e6 - float(row["value"])) <= near < abs(ours / 1e6 - float(row["value"]))
+
+
 def test_the_headlines_are_tested_in_pairs():
     tested = [e for e in ledger.ledger() if "points" in e["ours"] and "Imagenette" in e["setting"]]
     assert all("p " in entry["ours"] for entry in tested)
@@ -105,6 +118,32 @@ def test_speed(monkeypatch):
         rows = {ledger.configuration(claim): {"times": times, "low": low, "high": high}}
         monkeypatch.setattr(ledger, "counted", lambda rows=rows: rows)
         assert ledger.speed(claim, 1.5)[0] == expected
+
+
+def test_what_a_speed_is_compared_with(monkeypatch):
+    speeds = [claim for claim in CLAIMS if claim["quantity"] == "images/s"]
+    others = {i: ledger.reference(claim, CLAIMS) for i, claim in enumerate(speeds)}
+    for i, other in others.items():
+        claim = speeds[i]
+        if claim["table"] == "README figure" and other:  # the slowest of the same model in the figure
+            same = [float(s["value"]) for s in speeds if (s["table"], s["model"]) == (claim["table"], claim["model"])]
+            assert float(other["value"]) == min(same) < float(claim["value"])
+        elif claim["table"] == "abstract":
+            assert (other["model"], other["method"], other["value"]) == ("deit_tiny_patch16_224", "dense", "1686")
+        elif other:
+            assert ledger.configuration(other) == ledger.dense(ledger.configuration(claim))
+            assert (other["paper"], other["table"]) == (claim["paper"], claim["table"])
+    alone = [claim for i, claim in enumerate(speeds) if others[i] is None]
+    assert all(any(other == claim for other in others.values()) for claim in alone)
+    assert not any(ledger.reference(claim, CLAIMS) for claim in CLAIMS if claim["quantity"] != "images/s")
+
+    i = next(i for i, claim in enumerate(speeds) if claim["table"] == "abstract")
+    row = {"times": 1.1, "low": 1.05, "high": 1.2, "threads": 2}
+    monkeypatch.setattr(ledger, "compared", lambda: {tuple(map(ledger.configuration, (speeds[i], others[i]))): row})
+    got = ledger.entry(speeds[i], CLAIMS)
+    assert got["published"] == "1745 images/s (1.03 × dense DeiT-Ti)"
+    assert got["ours"] == "1.10 × dense DeiT-Ti [1.05, 1.20]"
+    assert (got["status"], got["setting"]) == ("equal", "CPU, 2 threads, float32")
 
 
 def test_an_imagenet_run_settles_its_claim(monkeypatch, tmp_path):
