@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the workers
@@ -130,8 +131,11 @@ def run(waves):
 def save(name, rows, begun):
     results.save(TOP / "notebooks" / "results" / "digits", name, {
         "seeds": SEEDS, "cores": os.cpu_count(), "last_call_minutes": round((time.perf_counter() - begun) / 60, 1),
-        "training_minutes": round(sum(r.get("seconds", 0) for r in rows) / 60, 1), "rows": rows,
+        "training_minutes": round(sum(r.get("seconds", 0) for r in rows) / 60, 1), **MORE.get(name, {}), "rows": rows,
     })  # fmt: skip
+
+
+MORE = {}  # what a file says besides its rows
 
 
 def matrix(folder):
@@ -166,24 +170,33 @@ def ablations(folder):
 
 FINE = (0.9, 0.7, 0.5, 0.3)
 # The recipes are the flat ViT's. A map's first block decides on bare patches, and zeros and fast paths are new to the
-# whole model: all of it learns at the predictors' rate, and for twice as long.
-MAPS = {"epochs": 4, "lr": 1e-3, "backbone_lr_scale": 1.0}
+# whole model, so all of it learns faster, and for three times as long. With the recipes' ratio weight of 2 it learns to
+# keep more than it will be left; 10 is what DynamicSwin and DynamicConvNeXt take. Chosen on DynamicViT at ρ = 0.5.
+MAPS = {"epochs": 6, "lr": 2e-3, "backbone_lr_scale": 0.15, "ratio_weight": 10.0}
 # model → its methods, its keep ratios, and what differs from the methods' recipes
 BACKBONES = {
     "pvt_digits_56": (("dynamicvit", "dtps", "random"), FINE, MAPS),
-    "cvt_digits_56": (("dynamicvit", "dtps"), FINE, {**MAPS, "precision": "fp32"}),  # the faster one
-    "vit_digits_patch4_56": (("dynamicvit", "dtps"), FINE, {}),
+    "cvt_digits_56": (("dynamicvit", "dtps", "random"), FINE, {**MAPS, "precision": "fp32"}),  # the faster one
+    "vit_digits_patch4_56": (("dynamicvit", "dtps", "etps", "evit", "random"), FINE, {}),
     "swin_digits_56": (("dynamicvit",), FINE[:3], MAPS),  # its decisions keep ρ, ρ − 0.2 and ρ − 0.4
-    "lvvit_digits_56": (("dynamicvit", "dtps"), FINE, {"token_loss": "kl"}),  # over the classes of its auxiliary head
+    # the token term is over the classes of its auxiliary head
+    "lvvit_digits_56": (("dynamicvit", "dtps", "etps", "evit", "random"), FINE, {"token_loss": "kl"}),
 }
 
 
-def fit_backbone(folder, name, seed, method, ratio):
+# a place whose token is gone holds its host's token at the end of its map, not zero
+ALTERNATIVES = [(name, "dtps", 0.5, {"rejoin": "host"}) for name in ("pvt_digits_56", "cvt_digits_56")]
+
+
+MORE["backbones"] = {"differs": {name: changes for name, (_, _, changes) in BACKBONES.items()}}  # from the recipes
+
+
+def fit_backbone(folder, name, seed, method, ratio, **options):
     """One training of a backbone that is pruned → its row, with its MACs."""
-    path = place(folder, (name, seed, method, ratio))
-    changes = {"model": name, "seed": seed, "keep_ratio": ratio, **BACKBONES[name][2]}
+    path = place(folder, (name, seed, method, ratio, *options.values()))
+    changes = {"model": name, "seed": seed, "keep_ratio": ratio, "options": options, **BACKBONES[name][2]}
     result = train.run(RECIPES / f"{method}.yaml", path, progress=False, **changes)
-    return [row(seed, "untouched", method, ratio, result["correct"], trained=True, model=name,
+    return [row(seed, "untouched", method, ratio, result["correct"], trained=True, model=name, options=options,
                 macs=flops.closed_form(train.load(path)).total, seconds=result["seconds"])]  # fmt: skip
 
 
@@ -206,13 +219,15 @@ def look_backbone(name, seed):
 
 
 def backbones(folder):
-    """Seed by seed, written after each, so that a stopped call leaves whole comparisons."""
+    """Seed by seed, written after each, so that a stopped call leaves whole comparisons; alternatives last."""
     rows, begun = [], time.perf_counter()
     for seed in SEEDS:
         wave = [(fit_backbone, folder / "backbones", name, seed, method, ratio)
                 for name, (methods, ratios, _) in BACKBONES.items() for method in methods for ratio in ratios]  # fmt: skip
         rows += run([wave + [(look_backbone, name, seed) for name in BACKBONES]])
         save("backbones", rows, begun)
+    rows += run([[(partial(fit_backbone, **options), folder / "backbones", name, seed, method, ratio)
+                  for seed in SEEDS for name, method, ratio, options in ALTERNATIVES]])  # fmt: skip
     return sorted(rows, key=lambda r: list(BACKBONES).index(r["model"]))
 
 
