@@ -177,10 +177,10 @@ MAPS = {"epochs": 6, "lr": 2e-3, "backbone_lr_scale": 0.15, "ratio_weight": 10.0
 BACKBONES = {
     "pvt_digits_56": (("dynamicvit", "dtps", "random"), FINE, MAPS),
     "cvt_digits_56": (("dynamicvit", "dtps", "random"), FINE, {**MAPS, "precision": "fp32"}),  # the faster one
-    "vit_digits_patch4_56": (("dynamicvit", "dtps", "etps", "evit", "random"), FINE, {}),
+    "vit_digits_patch4_56": (("dynamicvit", "dtps", "etps", "random"), FINE, {}),
     "swin_digits_56": (("dynamicvit",), FINE[:3], MAPS),  # its decisions keep ρ, ρ − 0.2 and ρ − 0.4
     # the token term is over the classes of its auxiliary head
-    "lvvit_digits_56": (("dynamicvit", "dtps", "etps", "evit", "random"), FINE, {"token_loss": "kl"}),
+    "lvvit_digits_56": (("dynamicvit", "dtps", "etps", "random"), FINE, {"token_loss": "kl"}),
 }
 
 
@@ -196,8 +196,11 @@ def fit_backbone(folder, name, seed, method, ratio, **options):
     path = place(folder, (name, seed, method, ratio, *options.values()))
     changes = {"model": name, "seed": seed, "keep_ratio": ratio, "options": options, **BACKBONES[name][2]}
     result = train.run(RECIPES / f"{method}.yaml", path, progress=False, **changes)
+    model = train.load(path)
+    missed = result["last"].get("ratio_sum")  # Σ over stages of (share kept in training − ρ)², mean over the last epoch
+    missed = None if missed is None else (missed / len(model.pruning.at)) ** 0.5
     return [row(seed, "untouched", method, ratio, result["correct"], trained=True, model=name, options=options,
-                macs=flops.closed_form(train.load(path)).total, seconds=result["seconds"])]  # fmt: skip
+                macs=flops.closed_form(model).total, missed=missed, seconds=result["seconds"])]  # fmt: skip
 
 
 @torch.inference_mode()

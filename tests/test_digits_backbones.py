@@ -139,9 +139,9 @@ def test_the_auxiliary_head_trains_where_a_recipe_says_so(test):
 def test_the_committed_matrix_of_backbones_is_whole():
     """Each model is there dense, and by its methods with three seeds; and fewer tokens cost less."""
     rows = json.loads((TOP / "notebooks" / "results" / "digits" / "backbones.json").read_text())["rows"]
-    flat = ("random", "dynamicvit", "dtps", "etps", "evit")
+    flat = ("random", "dynamicvit", "dtps", "etps")
     methods = {"vit_digits_patch4_56": flat, "lvvit_digits_56": flat, "pvt_digits_56": flat[:3],
-               "cvt_digits_56": flat[:4], "swin_digits_56": flat[1:2]}  # fmt: skip
+               "cvt_digits_56": flat[:3], "swin_digits_56": flat[1:2]}  # fmt: skip
     for model, its in methods.items():
         ratios = (0.9, 0.7, 0.5) if model == "swin_digits_56" else (0.9, 0.7, 0.5, 0.3)
         (dense,) = [row for row in rows if row["model"] == model and row["method"] == "dense"]
@@ -152,7 +152,7 @@ def test_the_committed_matrix_of_backbones_is_whole():
         for method in its:
             macs = [dense["macs"]]
             for ratio in ratios:
-                cell = {"model": model, "method": method, "keep_ratio": ratio, "trained": True}
+                cell = {"model": model, "method": method, "keep_ratio": ratio, "trained": True, "options": {}}
                 assert results.correct(rows, **cell).shape == (3, 797)
                 macs += {row["macs"] for row in rows if all(row[key] == value for key, value in cell.items())}
             assert len(macs) == 1 + len(ratios) and macs[1:] == sorted(macs[1:], reverse=True)

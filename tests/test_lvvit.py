@@ -448,8 +448,8 @@ def test_deit_256():
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        ({"img_size": 100}, r"img_size must be a multiple of patch_size=16, got 100"),
-        ({"img_size": (224, 100)}, r"img_size must be a multiple of patch_size=16, got \(224, 100\)"),
+        ({"img_size": 100}, r"img_size must be one or two multiples of 16, got 100"),
+        ({"img_size": (224, 100)}, r"img_size must be one or two multiples of 16, got \(224, 100\)"),
         ({"patch_size": 15}, "patch_size must be an even int.* got 15"),
         ({"patch_size": (16, 8)}, r"patch_size must be an even int.* got \(16, 8\)"),
         ({"skip_lam": 0}, "skip_lam must be above 0, got 0"),
@@ -464,7 +464,7 @@ def test_bad_arguments_are_named(kwargs, words):
 
 def test_bad_sizes_later_are_named():
     model = small()
-    with pytest.raises(ValueError, match="img_size must be a multiple of patch_size=8, got 60"):
+    with pytest.raises(ValueError, match="img_size must be one or two multiples of 8, got 60"):
         model.set_input_size(60)
     with pytest.raises(ValueError, match="patch_size must stay 8, got 16"):
         model.set_input_size(patch_size=16)

@@ -14,14 +14,15 @@ Chapter: :doc:`/book/lv-vit`
 from functools import partial
 
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, get_device_dtype, nchw_to, resample_abs_pos_embed
-from timm.layers.trace_utils import _assert
+from timm.layers import get_device_dtype, nchw_to, resample_abs_pos_embed
 from timm.models import VisionTransformer, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
+from . import parts
 
-class Stem(PatchEmbed):
+
+class Stem(parts.Stem):
     """The convolutions that make patches: (B, in_chans, H, W) → (B, N, C), or (B, h, w, C) for images of any size.
 
     Args:
@@ -29,19 +30,14 @@ class Stem(PatchEmbed):
         **kwargs: those of timm's `PatchEmbed`.
 
     Raises:
-        ValueError: `patch_size` is no even int, `img_size` no multiple of it, or `dynamic_img_pad` is set.
+        ValueError: `patch_size` is no even int, or as `parts.Stem`.
     """
 
-    def __init__(
-        self, *, width, patch_size, in_chans, embed_dim, bias=True, dynamic_img_pad=False, device=None, dtype=None,
-        **kwargs,
-    ):  # fmt: skip
+    def __init__(self, *, width, patch_size, in_chans, embed_dim, bias=True, device=None, dtype=None, **kwargs):
         if not isinstance(patch_size, int) or patch_size < 2 or patch_size % 2:
             raise ValueError(f"patch_size must be an even int, since the stem halves the image; got {patch_size!r}")
-        if dynamic_img_pad:
-            raise ValueError("dynamic_img_pad must be False: LV-ViT's stem pads no images")
         dd = {"device": device, "dtype": dtype}
-        super().__init__(patch_size=patch_size, in_chans=width, embed_dim=embed_dim, **kwargs, **dd)
+        super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **kwargs, **dd)
         self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(width, **dd)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False, **dd)
@@ -50,23 +46,8 @@ class Stem(PatchEmbed):
         self.bn3 = nn.BatchNorm2d(width, **dd)
         self.proj = nn.Conv2d(width, embed_dim, patch_size // 2, stride=patch_size // 2, bias=bias, **dd)
 
-    def _init_img_size(self, img_size):
-        size = super()._init_img_size(img_size)
-        if size[0] is not None and any(side % patch for side, patch in zip(size[0], self.patch_size)):
-            raise ValueError(f"img_size must be a multiple of patch_size={self.patch_size[0]}, got {img_size!r}")
-        return size
-
-    def set_input_size(self, img_size=None, patch_size=None):
-        """timm's; ValueError for another `patch_size`."""
-        if patch_size not in (None, self.patch_size, self.patch_size[0]):
-            raise ValueError(f"patch_size must stay {self.patch_size[0]}, got {patch_size!r}")
-        super().set_input_size(img_size=img_size)
-
     def forward(self, x):
-        for side, patch, own in zip(x.shape[-2:], self.patch_size, self.img_size):
-            fits = side == own if self.strict_img_size else side % patch == 0
-            wanted = own if self.strict_img_size else f"a multiple of {patch}"
-            _assert(fits, f"a side of the images must be {wanted} pixels, got {side}")
+        self.check(x)
         x = F.relu(self.bn1(self.conv1(x)))  # (B, width, H/2, W/2)
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
