@@ -66,6 +66,7 @@ def test_every_import_is_declared():
                 continue
             name = CALLED.get(library, BROUGHT.get(library, library)).lower().replace("_", "-")
             optional = not needed or where.parts[1] in ("book", "families") and where.name != "results.py"
+            optional = optional or where.name == "digits_cvt.py"  # imported where one is made, in words if it cannot be
             assert name in (ANY if optional else ALWAYS), f"{where} imports {library}, which no dependency brings"
 
 
