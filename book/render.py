@@ -120,6 +120,12 @@ def share_pictures(html):
             page.write_text(text)
 
 
+def hand_out_notebooks(html):
+    """What a page's download button gives is the notebook as it is committed: its outputs are on the page already."""
+    for path in (html / "_sources/notebooks").glob("*.ipynb"):
+        shutil.copyfile(TOP / "notebooks" / path.name, path)
+
+
 if __name__ == "__main__":
     site = lay_out(Path(sys.argv[1]).resolve())
     command = [Path(sys.executable).with_name("jupyter-book"), "build", site, "-W", "-n", "--keep-going", "--quiet"]
@@ -129,4 +135,5 @@ if __name__ == "__main__":
             path.unlink()
     if code == 0:
         share_pictures(site / "_build/html")
+        hand_out_notebooks(site / "_build/html")
     sys.exit(code)

@@ -292,6 +292,8 @@ def test_the_widget_offers_trained_models(small):
     ((3,), TypeError, "model must be of a known family .*VisionTransformer.*got builtins.int"),
     (("no_such_model",), ValueError, "no_such_model"),
     ((torch.nn.Linear(2, 2),), TypeError, "known family.*got torch.*Linear"),
+    (("pvt_digits_56",), ValueError, "model must work on one map of patches, got a timm PyramidVisionTransformerV2"),
+    (("swin_digits_56",), ValueError, "model must work on one map of patches, got a timm SwinTransformer"),
 ])  # fmt: skip
 def test_the_widget_refuses(arguments, error, said):
     with pytest.raises(error, match=said):

@@ -144,13 +144,17 @@ def explorer(model=DIGITS, images=None, *, method="evit", keep_ratio=0.7, at=Non
     family = family_of(model)
     if is_pruned(model):
         raise ValueError(f"model must not be pruned, got one pruned by {model.pruning.name!r}: pass it in `trained`")
+    if len(family.segments(model)) > 1:
+        raise ValueError(f"model must work on one map of patches, got a {family.name}, which has several")
     model = deepcopy(model).cpu().float().eval()
     own = _own(trained, family, model)
     models = {name: own.get(name, model) for name in CHOICES if name in own or _fits(model, name)}
     check_name("method", method, CHOICES)
     if method not in models:
         raise ValueError(f"method must be one of {', '.join(models)} for this model, got {method!r}")
-    at = own[method].pruning.at if at is None and method in own else check_at(at, len(family.blocks(model)))
+    if at is None:
+        at = own[method].pruning.at if method in own else family.default_at(model, method_of(method))
+    at = check_at(at, len(family.blocks(model)))
     if isinstance(decimals("keep_ratio", keep_ratio), tuple):
         raise TypeError(f"keep_ratio must be one number, got {keep_ratio!r}")
     keep_ratio = float(check_keep_ratio(keep_ratio, len(at)))
