@@ -171,7 +171,7 @@ def ablations(folder):
 FINE = (0.9, 0.7, 0.5, 0.3)
 # The recipes are the flat ViT's. A map's first block decides on bare patches, and zeros and fast paths are new to the
 # whole model, so all of it learns faster, and for three times as long. With the recipes' ratio weight of 2 it learns to
-# keep more than it will be left; 10 is what DynamicSwin and DynamicConvNeXt take. Chosen on DynamicViT at ρ = 0.5.
+# keep more than it will be left; 10 is what DynamicSwin and DynamicConvNeXt take. Chosen at ρ = 0.5.
 MAPS = {"epochs": 6, "lr": 2e-3, "backbone_lr_scale": 0.15, "ratio_weight": 10.0}
 # model → its methods, its keep ratios, and what differs from the methods' recipes
 BACKBONES = {

@@ -307,8 +307,6 @@ def test_counted_is_what_the_closed_form_says(name, method):
     if name == "pvt_v2" and method == "etps":
         pytest.skip("has no class token")
     model, _ = build(name)
-    if name != "pvt":
-        family_of(model)
     if method:
         tpbook.prune(model, method, keep_ratio=0.7)
     assert flops.count(model, 64) == flops.closed_form(model, 64)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from .checks import check_keep, check_keep_ratio
 from .methods.parts import Place
 from .record import close
-from .tokens import Tokens
+from .tokens import Tokens, check_intact
 
 
 class PrunedBlock:
@@ -21,12 +21,7 @@ class PrunedBlock:
     def forward(self, x, *args, **kwargs):
         """(B, T, C) or `Tokens` → `Tokens`, or from the last block (B, P + n, C)."""
         plan, family = self._plan, self._plan.family
-        if isinstance(x, tuple) and not isinstance(x, Tokens):
-            raise RuntimeError(
-                "a block got a plain tuple in the place of Tokens: nothing may change what goes from block to block of "
-                "a pruned model. If it is reentrant checkpointing, which takes the tokens apart, use the other kind "
-                "(use_reentrant=False; in timm, leave TIMM_REENTRANT_CKPT unset)"
-            )
+        check_intact(x, Tokens)
         tokens = x if isinstance(x, Tokens) else plan.begin(x, self.training)
         if self._place is Place.BEFORE:
             tokens = plan.stage(self._stage, tokens, self._predictor, self.training)

@@ -11,6 +11,7 @@ Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
 
 import functools
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def travels(cls):
+    """Give a NamedTuple whose `x` is a tensor what hooks, checkpointing and feature extractors touch of that tensor."""
+
+    def replace(self, **changes):
+        """The same with other items; unlike `_replace` the compiler of torch 2.11 can follow it."""
+        return cls(*(changes.get(name, item) for name, item in zip(cls._fields, self)))
+
+    def detach(self):
+        """The same, without gradient: what hooks of feature extractors do."""
+        return cls(*(item.detach() if isinstance(item, Tensor) else item for item in self))
+
+    def register_hook(self, hook):
+        """On the gradient of `x`."""
+        return self.x.register_hook(hook)
+
+    cls.replace, cls.detach, cls.register_hook = replace, detach, register_hook
+    for name in ("shape", "dtype", "device", "requires_grad"):
+        setattr(cls, name, property(attrgetter(f"x.{name}"), doc="That of `x`."))
+    return cls
+
+
+def check_intact(x, kind):
+    """RuntimeError where something has taken what travels from block to block apart, into a plain tuple."""
+    if isinstance(x, tuple) and not isinstance(x, kind):
+        raise RuntimeError(
+            f"a block got a plain tuple in the place of {kind.__name__}: nothing may change what goes from block to "
+            "block of a pruned model. If it is reentrant checkpointing, which takes it apart, use the other kind "
+            "(use_reentrant=False; in timm, leave TIMM_REENTRANT_CKPT unset)"
+        )
+
+
+@travels
 class Tokens(NamedTuple):
     """The tokens of one forward, and what must be known of them further on."""
 
@@ -37,38 +70,6 @@ class Tokens(NamedTuple):
     """(B, N, C), each patch as it was when it was removed, zero while it stays; None unless it comes back so."""
     record: tuple | None = None
     """One `tpbook.tracing.Seen` a stage so far; None if nobody traces."""
-
-    @property
-    def shape(self):
-        """That of `x`."""
-        return self.x.shape
-
-    @property
-    def dtype(self):
-        """That of `x`."""
-        return self.x.dtype
-
-    @property
-    def device(self):
-        """That of `x`."""
-        return self.x.device
-
-    @property
-    def requires_grad(self):
-        """That of `x`."""
-        return self.x.requires_grad
-
-    def register_hook(self, hook):
-        """On the gradient of `x`."""
-        return self.x.register_hook(hook)
-
-    def replace(self, **changes):
-        """The same with other items; unlike `_replace` the compiler of torch 2.11 can follow it."""
-        return Tokens(*(changes.get(name, item) for name, item in zip(Tokens._fields, self)))
-
-    def detach(self):
-        """The same, without gradient: what hooks of feature extractors do."""
-        return Tokens(*(item.detach() if isinstance(item, Tensor) else item for item in self))
 
 
 def drop(x, kept, first=0):

@@ -34,11 +34,12 @@ from ..methods.counts import Wish, quiet_counts, token_counts
 from ..methods.dynamicvit import KEEP
 from ..plan import Plan, Pruning
 from ..record import Seen, Traced
-from ..tokens import drop, rows
+from ..tokens import check_intact, drop, rows, travels
 
 STEP = Fraction(1, 5)  # by how much the ratio falls from decision to decision
 
 
+@travels
 class Maps(NamedTuple):
     """What goes from block to block of the third stage."""
 
@@ -56,38 +57,6 @@ class Maps(NamedTuple):
     """(B, N), m, while it trains."""
     record: tuple | None = None
     """One `tpbook.record.Seen` a decision so far; None if nobody traces."""
-
-    @property
-    def shape(self):
-        """That of `x`."""
-        return self.x.shape
-
-    @property
-    def dtype(self):
-        """That of `x`."""
-        return self.x.dtype
-
-    @property
-    def device(self):
-        """That of `x`."""
-        return self.x.device
-
-    @property
-    def requires_grad(self):
-        """That of `x`."""
-        return self.x.requires_grad
-
-    def register_hook(self, hook):
-        """On the gradient of `x`."""
-        return self.x.register_hook(hook)
-
-    def replace(self, **changes):
-        """The same with other items; unlike `_replace` the compiler of torch 2.11 can follow it."""
-        return Maps(*(changes.get(name, item) for name, item in zip(Maps._fields, self)))
-
-    def detach(self):
-        """The same, without gradient: what hooks of feature extractors do."""
-        return Maps(*(item.detach() if isinstance(item, Tensor) else item for item in self))
 
     def whole(self):
         """(B, H, W, C), one map."""
@@ -139,12 +108,7 @@ class FastBlock:
     def forward(self, x):
         """A map in the library's layout, or `Maps` → `Maps`, or from the last block of the stage a map."""
         plan, family = self._plan, self._plan.family
-        if isinstance(x, tuple) and not isinstance(x, Maps):
-            raise RuntimeError(
-                "a block got a plain tuple in the place of Maps: nothing may change what goes from block to block of a "
-                "pruned model. If it is reentrant checkpointing, which takes the maps apart, use the other kind "
-                "(use_reentrant=False; in timm, leave TIMM_REENTRANT_CKPT unset)"
-            )
+        check_intact(x, Maps)
         maps = x if isinstance(x, Maps) else plan.begin(self, family.last(x))
         if self._stage is not None:
             maps = plan.decide(self._stage, maps, self._predictor, self.training)

@@ -30,6 +30,7 @@ class Grid(Family):
     host's token (methods that squeeze); or "last_seen", its own as it was when it went."""
 
     positioned, options = True, ("rejoin",)
+
     # ---- the model: what flat models answer is asked of the last map
 
     def blocks(self, model):

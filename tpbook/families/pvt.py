@@ -13,14 +13,10 @@ from .family import Segment
 from .grid import Grid, check_divides, from_map, heads, is_whole, run, to_map
 
 
-class PrunedPVT(PrunedModel):
-    """Mixed into the class of a pruned model."""
-
-
 class PVTv2(Grid):
     """PVT v2 b0 to b5, and its linear variant, whose pooling takes any map."""
 
-    name, mixin, call = "timm PyramidVisionTransformerV2", PrunedPVT, ("feat_size",)
+    name, mixin, call = "timm PyramidVisionTransformerV2", PrunedModel, ("feat_size",)
 
     def fits(self, model):
         return isinstance(model, PyramidVisionTransformerV2)
