@@ -107,12 +107,8 @@ def direction(claim):
     if claim["relation"] == "=":
         near = "same trend" if -1 <= p["low"] and p["high"] <= 1 else "not seen"
         status = near if p["low"] <= 0 <= p["high"] else "contradicted"
-    elif p["low"] > 0 and (by_seed > 0).all():
-        status = "same trend"
-    elif p["high"] < 0 and (by_seed < 0).all():
-        status = "contradicted"
     else:
-        status = "not seen"
+        status = {1: "same trend", -1: "contradicted", 0: "not seen"}[p["side"]]
     seeds = f", {(by_seed > 0).sum()} of {len(by_seed)} seeds ahead" if len(by_seed) > 1 else ""
     said = (
         f"{p['difference']:+.1f} points [{p['low']:+.1f}, {p['high']:+.1f}], {results.probability(p['p'])}, "

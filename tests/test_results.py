@@ -27,6 +27,7 @@ def test_paired():
     assert got["low"] < got["difference"] < got["high"] and got["low"] > 0 and got["p"] < 0.01
     assert got["spread"] == pytest.approx(100 * (ours.mean(1) - theirs.mean(1)).std(ddof=1))
     same = results.paired(theirs, theirs)
+    assert same["side"] == 0
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
     back = results.paired(theirs, ours)
     assert back["difference"] == -got["difference"] and back["p"] == got["p"]
@@ -160,3 +161,14 @@ def test_the_committed_reproduction_is_whole():
         for part in (result, result["training"] or result):
             run = part["run"]
             assert {"commit", "date", "torch", "timm", "machine", "device", "threads"} <= set(run)
+
+
+def test_one_side_is_ahead_where_the_interval_and_every_seed_say_so():
+    ours, theirs = np.ones((2, 100), int), np.zeros((2, 100), int)
+    theirs[:, :60] = 1
+    assert results.paired(ours, theirs)["side"] == 1 and results.paired(theirs, ours)["side"] == -1
+    ours[1, :5], theirs[1] = 0, 1  # the second seed says otherwise, and the interval still excludes zero
+    pair = results.paired(ours, theirs)
+    assert pair["low"] > 0 and pair["side"] == 0
+    pairs = {0.9: {"side": 1}, 0.7: {"side": 0}, 0.5: {"side": -1}, 0.3: {"side": 1}}
+    assert results.sides(pairs) == "ahead at ρ = 0.9, 0.3; behind at ρ = 0.5; undecided at ρ = 0.7"

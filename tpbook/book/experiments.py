@@ -6,9 +6,11 @@ Chapter: :doc:`/book/notation`
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from .. import data
+from .. import data, flops
+from ..engine import prune, unprune
 from ..training import recipes
 from ..weights import DIGITS, load_backbone
 from . import plots
@@ -91,3 +93,23 @@ def right(model, images, labels, batch=100):
         (n,) bool.
     """
     return torch.cat([model(x).argmax(1) == y for x, y in zip(images.split(batch), labels.split(batch))])
+
+
+def right_when_pruned(model, images, labels, method, keep_ratio, seeds, **options):
+    """Which images a model gets right that is pruned without training, by chance anew for each seed.
+
+    Args:
+        model, images, labels: as for `right`; the model is not pruned, and is not after.
+        method, keep_ratio, **options: as for `tpbook.prune`.
+        seeds: of the random score.
+
+    Returns:
+        (seeds, n) array of 0 and 1, and the share of MACs left, in percent.
+    """
+    found, whole = [], flops.closed_form(model).total
+    for seed in seeds:
+        prune(model, method, keep_ratio=keep_ratio, seed=seed, **options)
+        found.append(right(model, images, labels).numpy())
+        left = 100 * flops.closed_form(model).total / whole
+        unprune(model)
+    return np.array(found), left

@@ -87,7 +87,8 @@ def paired(ours, theirs):
 
     Returns:
         dict in percentage points: "difference" of the mean accuracies, "spread", its standard deviation over seeds, and
-        "low", "high", "p", the 95 % interval and p-value of a t-test over images on their mean over seeds.
+        "low", "high", "p", the 95 % interval and p-value of a t-test over images on their mean over seeds; and "side",
+        1 where ours is ahead and −1 where it is behind: the interval excludes zero and every seed agrees. Else 0.
     """
     gain = 100 * (np.asarray(ours, float) - np.asarray(theirs, float))  # (seeds, n)
     by_seed, by_image = gain.mean(axis=1), gain.mean(axis=0)
@@ -97,7 +98,21 @@ def paired(ours, theirs):
         test = ttest_1samp(by_image, 0)
         (low, high), p = test.confidence_interval(0.95), test.pvalue
     spread = by_seed.std(ddof=1) if len(by_seed) > 1 else 0.0
-    return {"difference": by_image.mean(), "spread": spread, "low": low, "high": high, "p": p}
+    side = int(low > 0 and (by_seed > 0).all()) - int(high < 0 and (by_seed < 0).all())
+    return {"difference": by_image.mean(), "spread": spread, "low": low, "high": high, "p": p, "side": side}
+
+
+def sides(pairs, ahead="ahead", behind="behind"):
+    """{a keep ratio: what `paired` found} → at which ratios one is ahead, in words."""
+    at = {ahead: [], behind: [], "undecided": []}
+    for rho, pair in pairs.items():
+        at[{1: ahead, -1: behind, 0: "undecided"}[pair["side"]]].append(str(rho))
+    return "; ".join(f"{word} at ρ = {', '.join(which)}" for word, which in at.items() if which)
+
+
+def markdown(table):
+    """A data frame for a page, its index as columns."""
+    return table.reset_index().to_markdown(index=False, disable_numparse=True)
 
 
 def percent(correct):
