@@ -96,6 +96,17 @@ def block_macs(seen, left, queries, attention, width, mlp):
     return seen * attention + left * mlp, 2 * seen * seen * width, rows * seen * width
 
 
+def prepared_size(model):
+    """(height, width) that a model of any size is prepared for, in pixels, where timm's `pretrained_cfg` says it."""
+    return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:])
+
+
+def convolved(conv, grid):
+    """(rows, columns) of what a convolution makes of a map."""
+    sides = zip(grid, conv.kernel_size, conv.stride, conv.padding)
+    return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
+
+
 def linear_macs(module):
     """MACs of one token through every linear layer in a module."""
     layers = [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)]

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..methods.dynamicvit import KEEP
 from ..record import Traced
+from .costs import convolved, prepared_size
 from .fast_family import FastPath, weights
 
 NAMES = (  # Meta's → timm's
@@ -137,7 +138,7 @@ class FastConvNeXt(FastPath):
     # ---- cost
 
     def image_size(self, model):
-        return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:])
+        return prepared_size(model)
 
     def patch_size(self, model):
         return tuple(model.stem[0].stride)
@@ -165,6 +166,5 @@ def _scaled(block, y, gamma):
 def _shrunk(module, *side):
     """The map that the convolutions of a module make of one."""
     for conv in (m for m in module.modules() if isinstance(m, nn.Conv2d)):
-        given = zip(side, conv.padding, conv.kernel_size, conv.stride)
-        side = tuple((n + 2 * padding - kernel) // stride + 1 for n, padding, kernel, stride in given)
+        side = convolved(conv, side)
     return side

@@ -51,6 +51,14 @@ class Grid(Family):
     def has_class_token(self, model):
         return self.prefix(model) > 0
 
+    def projections(self, model):
+        """The convolution that begins each map."""
+        raise NotImplementedError
+
+    def embed_macs(self, model, size):
+        made = zip(self.segments(model, size), self.projections(model))
+        return sum(segment.grid[0] * segment.grid[1] * conv.weight.numel() for segment, conv in made)
+
     # ---- how it is pruned
 
     def default_at(self, model, method):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention import heard
-from .costs import linear_macs
+from .costs import convolved, linear_macs, prepared_size
 from .family import Segment
 from .grid import Grid, from_map, heads, run, to_map
 from .huggingface import PrunedHuggingFace, library_class
@@ -38,15 +38,15 @@ class CvT(Grid):
 
     def segments(self, model, size=None):
         grid, segments, first = self.image_size(model) if size is None else size, [], 0
-        for i, (stage, conv) in enumerate(zip(self.stages(model), self._projections(model))):
-            grid = outgoing(conv, grid)
+        for i, (stage, conv) in enumerate(zip(self.stages(model), self.projections(model))):
+            grid = convolved(conv, grid)
             blocks, prefix = list(stage.layers), int(model.config.cls_token[i])
             pooled = i == len(self.stages(model)) - 1 and not prefix
             segments.append(Segment(first, blocks, blocks[-1], prefix, grid, conv.out_channels, pooled))
             first += len(blocks)
         return segments
 
-    def _projections(self, model):
+    def projections(self, model):
         return [stage.embedding.convolution_embeddings.projection for stage in self.stages(model)]
 
     # ---- a block
@@ -98,10 +98,10 @@ class CvT(Grid):
         return model.config.num_channels
 
     def image_size(self, model):
-        return tuple((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[1:])
+        return prepared_size(model)
 
     def patch_size(self, model):
-        return (math.prod(conv.stride[0] for conv in self._projections(model)),) * 2
+        return (math.prod(conv.stride[0] for conv in self.projections(model)),) * 2
 
     def resized(self, model, size):
         return model
@@ -109,14 +109,10 @@ class CvT(Grid):
     def embeddings(self, model):
         return [stage.embedding for stage in self.stages(model)]
 
-    def embed_macs(self, model, size):
-        segments = self.segments(model, size)
-        return sum(s.grid[0] * s.grid[1] * c.weight.numel() for s, c in zip(segments, self._projections(model)))
-
     def block_macs(self, block, seen, left, queries, grid):
         attn = block.attention.attention
         key, dim = attn.convolution_projection_key.convolution_projection.convolution, attn.embed_dim
-        cells, count, window = math.prod(outgoing(key, grid)), math.prod(grid), key.weight[0].numel()
+        cells, count, window = math.prod(convolved(key, grid)), math.prod(grid), key.weight[0].numel()
         keys, mlp = cells + attn.with_cls_token, linear_macs(block.intermediate) + linear_macs(block.output)
         linear = window * dim * (count + 2 * cells) + 2 * (seen + keys) * dim * dim + left * mlp
         hears = 0 if queries is None else window * dim * count + seen * dim * dim + seen * dim
@@ -124,12 +120,6 @@ class CvT(Grid):
 
     def head_macs(self, model, n):
         return linear_macs(model.classifier) if hasattr(model, "classifier") else 0
-
-
-def outgoing(conv, grid):
-    """(rows, columns) of what a convolution makes of a map."""
-    sides = zip(grid, conv.kernel_size, conv.stride, conv.padding)
-    return tuple((side + 2 * padding - kernel) // stride + 1 for side, kernel, stride, padding in sides)
 
 
 def _projections(attn):

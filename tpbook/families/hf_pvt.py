@@ -8,7 +8,7 @@ import math
 
 import torch.nn.functional as F
 
-from .costs import linear_macs
+from .costs import convolved, linear_macs
 from .family import Segment
 from .grid import Grid, check_divides, heads, run, to_map
 from .huggingface import PrunedHuggingFace, library_class
@@ -33,7 +33,7 @@ class PVT(Grid):
         grid = self.image_size(model) if size is None else size
         for embedding, layers in zip(encoder.patch_embeddings, encoder.block):
             blocks, conv = list(layers), embedding.projection
-            grid = tuple((side - k) // s + 1 for side, k, s in zip(grid, conv.kernel_size, conv.stride))
+            grid = convolved(conv, grid)
             last = layers is encoder.block[-1]
             norm = encoder.layer_norm if last else blocks[-1]
             segments.append(Segment(first, blocks, norm, int(last), grid, conv.out_channels))
@@ -88,9 +88,8 @@ class PVT(Grid):
     def embeddings(self, model):
         return list(self.encoder(model).patch_embeddings)
 
-    def embed_macs(self, model, size):
-        made = zip(self.segments(model, size), self.embeddings(model))
-        return sum(segment.grid[0] * segment.grid[1] * e.projection.weight.numel() for segment, e in made)
+    def projections(self, model):
+        return [embedding.projection for embedding in self.embeddings(model)]
 
     def block_macs(self, block, seen, left, queries, grid):
         attn, dim, keys, reducing = block.attention.self, block.attention.self.hidden_size, seen, 0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.pvt_v2 import Attention, Block, PyramidVisionTransformerV2
 
 from ..pruned import PrunedModel
-from .costs import linear_macs
+from .costs import convolved, linear_macs, prepared_size
 from .family import Segment
 from .grid import Grid, check_divides, from_map, heads, is_whole, run, to_map
 
@@ -23,8 +23,8 @@ class PVTv2(Grid):
 
     def segments(self, model, size=None):
         grid, segments, first = self.image_size(model) if size is None else size, [], 0
-        for i, stage in enumerate(model.stages):
-            grid = tuple(-(-side // (2 if i else 4)) for side in grid)  # patches overlap and are padded
+        for i, (stage, conv) in enumerate(zip(model.stages, self.projections(model))):
+            grid = convolved(conv, grid)
             pooled, blocks = i == len(model.stages) - 1 and model.global_pool == "avg", list(stage.blocks)
             segments.append(Segment(first, blocks, stage.norm, 0, grid, blocks[0].attn.dim, pooled))
             first += len(blocks)
@@ -70,7 +70,7 @@ class PVTv2(Grid):
         return model.in_chans
 
     def image_size(self, model):
-        return tuple((model.pretrained_cfg or {}).get("input_size", (3, 224, 224))[1:])
+        return prepared_size(model)
 
     def patch_size(self, model):
         return (4 * 2 ** (len(model.stages) - 1),) * 2
@@ -81,9 +81,8 @@ class PVTv2(Grid):
     def embeddings(self, model):
         return [model.patch_embed, *(stage.downsample for stage in list(model.stages)[1:])]
 
-    def embed_macs(self, model, size):
-        segments = self.segments(model, size)
-        return sum(s.grid[0] * s.grid[1] * e.proj.weight.numel() for s, e in zip(segments, self.embeddings(model)))
+    def projections(self, model):
+        return [embedding.proj for embedding in self.embeddings(model)]
 
     def block_macs(self, block, seen, left, queries, grid):
         attn, count, dim, hidden = block.attn, grid[0] * grid[1], block.attn.dim, block.mlp.fc1.out_features
