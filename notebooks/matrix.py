@@ -1,7 +1,9 @@
 """Every start × method × keep ratio × seed on the digits: `python notebooks/matrix.py`, or `make matrix`.
 
-`python notebooks/matrix.py ablations` (`make ablations`) trains DynamicViT's ablations likewise, and `backbones` (`make
-backbones`) the small models of other kinds, pruned by their methods.
+`python notebooks/matrix.py ablations` (`make ablations`) trains DynamicViT's ablations likewise, `backbones` (`make
+backbones`) the small models of other kinds, pruned by their methods, and `family` (part of `make matrix`) every method
+of the package at equal MACs. `pretrained` (`make pretrained`) runs those that need no training on DeiT-Ti, on
+photographs of `$TPBOOK_DATA`.
 
 Each training is a run of `tpbook.train` in `_build/matrix`, one thread each, as many at once as there are cores. What is
 finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` (`ablations.json`,
@@ -14,8 +16,9 @@ import multiprocessing
 import os
 import sys
 import time
+from bisect import bisect
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the workers
@@ -27,8 +30,12 @@ from pooling import POOLING  # noqa: E402
 from tpbook import METHODS as KNOWN  # noqa: E402
 from tpbook import data, flops, load_backbone, prune, register, train, unmask  # noqa: E402
 from tpbook.book import results  # noqa: E402
+from tpbook.methods import Method  # noqa: E402
+from tpbook.methods.evit import Fuse  # noqa: E402
+from tpbook.timing.clock import interleaved, times  # noqa: E402
 
 register("pooling", POOLING)
+register("package", Method("predictor", Fuse("score"), "before", "floor", "Kong et al. 2022, its package token alone"))
 TOP = Path(__file__).parent.parent
 RECIPES = TOP / "recipes" / "digits"
 SEEDS, RATIOS = (0, 1, 2), (0.7, 0.5, 0.3)
@@ -234,10 +241,162 @@ def backbones(folder):
     return sorted(rows, key=lambda r: list(BACKBONES).index(r["model"]))
 
 
+# Every method at the MACs of Top-K with these keep ratios, and what is not the method's default: its recipe, its places,
+# and whether r says how many go. Recipes differ as their papers do; images, steps and batch are the same.
+LEVELS = (0.7, 0.5, 0.3)
+FAMILY = {
+    "topk": {}, "evit": {}, "etps": {}, "tome": {}, "dpcknn": {}, "random": {}, "dynamicvit": {}, "dtps": {},
+    "tome, every block": {"method": "tome", "r": True},
+    "ats": {"places": (None, (4, 8), (5, 9), (6, 9))},  # the first that can cost so much: on the digits it keeps few
+    "evovit": {"places": ((4, 8),)},
+    "package": {"recipe": "dynamicvit"},
+}  # fmt: skip
+
+
+@cache
+def setting(name, model, level, images=None):
+    """What `prune` takes so that a method costs what Top-K costs at ρ = `level`, as near as it comes; None where it cannot.
+
+    Args:
+        name: of `FAMILY`.
+        model: name of a backbone.
+        level: ρ.
+        images: those that say what a method costs whose count depends on them.
+    """
+    how, target = FAMILY[name], macs(prune(load_backbone(model), "topk", keep_ratio=level))
+    method = how.get("method", name)
+    if how.get("r"):
+        knob, values = "r", range(39, -1, -1)  # dearer and dearer
+    else:
+        knob, values = "keep_ratio", [v / 100 for v in range(max(5, int(100 * KNOWN[method].reduce.least_ratio)), 101)]
+    for at in how.get("places", (None,)):
+        backbone = prune(load_backbone(model), method, **{knob: values[-1]}, at=at)
+
+        def costs(value):
+            setattr(backbone, knob, value)
+            return macs(backbone, images)
+
+        place = bisect(values, target, key=costs)
+        miss, best = min((abs(costs(value) / target - 1), value) for value in values[max(0, place - 1) : place + 1])
+        if miss < 0.06:
+            return {knob: best} | ({"at": at} if at else {})
+    return None
+
+
+def macs(model, images=None):
+    """MACs of a model; where they depend on the image the mean over images."""
+    if not model.__dict__.get("_plan") or not model.pruning.method.chooses.varies:
+        return flops.closed_form(model).total
+    costs = [cost.total for batch in images.split(100) for cost in flops.closed_form(model.eval(), batch)]
+    return sum(costs) / len(costs)
+
+
+def canvases(number=200):
+    return data.digits("test").images[:number]
+
+
+def fit_family(folder, seed, name, level):
+    """One training of a method at the MACs of a level → its row."""
+    how, said = FAMILY[name], setting(name, "vit_digits_patch4_56", level, canvases())
+    if said is None:
+        return []
+    method, options = how.get("method", name), {"r": said["r"]} if "r" in said else {}
+    changes = {"method": method, "options": options, **{key: said[key] for key in ("keep_ratio", "at") if key in said}}
+    path = place(folder / "family", (seed, name, level))
+    result = train.run(RECIPES / f"{how.get('recipe', method)}.yaml", path, progress=False, seed=seed, **changes)
+    model = train.load(path).eval()
+    return [row(seed, "untouched", name, said.get("keep_ratio"), result["correct"], trained=True, level=level, **options,
+                macs=round(macs(model, data.digits("test").images)), seconds=result["seconds"])]  # fmt: skip
+
+
+@torch.inference_mode()
+def look_family(name, level):
+    """A method that needs no training, on the backbone as it is."""
+    said = setting(name, "vit_digits_patch4_56", level, canvases())
+    method = FAMILY[name].get("method", name)
+    if said is None or KNOWN[method].score.learned:
+        return []
+    rows, drawn = [], SEEDS if KNOWN[method].score.drawn else (None,)
+    for seed in drawn:
+        model = prune(load_backbone("vit_digits_patch4_56"), method, **said, **({} if seed is None else {"seed": seed}))
+        rows.append(row(seed, "untouched", name, said.get("keep_ratio"), right(model), trained=False, level=level,
+                        **({"r": said["r"]} if "r" in said else {}),
+                        macs=round(macs(model, data.digits("test").images))))  # fmt: skip
+    return rows
+
+
+def family(folder):
+    """Seed by seed, written after each, so that a stopped call leaves whole comparisons."""
+    every, begun = list(itertools.product(FAMILY, LEVELS)), time.perf_counter()
+    rows = run([[(look_family, *one) for one in every]])
+    for seed in SEEDS:
+        rows += run([[(fit_family, folder, seed, *one) for one in every]])
+        save("family", rows, begun)
+    return sorted(rows, key=lambda r: (list(FAMILY).index(r["method"]), -r["level"]))
+
+
+PICTURES = {"nips2017-dev": data.nips2017_dev, "imagewoof2-160": partial(data.imagenette, "test", name="imagewoof2-160")}
+
+
+@cache
+def pictures(name, model="deit_tiny_patch16_224"):
+    """(images (n, 3, 224, 224), labels (n,)) of a set of photographs, prepared for the model."""
+    taken = PICTURES[name](data.eval_transform(load_backbone(model)))
+    images, labels = zip(*(taken[i] for i in range(len(taken))))
+    return torch.stack(images), torch.tensor(labels)
+
+
+@torch.inference_mode()
+def look_pretrained(name, level, model="deit_tiny_patch16_224"):
+    """A method that needs no training on a pretrained model: a row for each set of photographs; name None is dense."""
+    torch.set_num_threads(1)
+    said = {} if name is None else setting(name, model, level, pictures("nips2017-dev")[0][:200])
+    if said is None:
+        return []
+    pruned, method = load_backbone(model).eval(), name and FAMILY[name].get("method", name)
+    if name is not None:
+        prune(pruned, method, **said, **({"seed": 0} if KNOWN[method].score.drawn else {}))
+    rows = []
+    for where in PICTURES:
+        images, labels = pictures(where)
+        logits = torch.cat([pruned(batch) for batch in images.split(50)])
+        correct = "".join("01"[r] for r in (logits.argmax(1) == labels).tolist())
+        rows.append(row(None, "pretrained", name or "dense", said.get("keep_ratio"), correct, trained=False, level=level,
+                        **({"r": said["r"]} if "r" in said else {}), model=model, data=where,
+                        macs=round(macs(pruned, images))))  # fmt: skip
+    return rows
+
+
+@torch.inference_mode()
+def clock(model="deit_tiny_patch16_224", batch=32, rounds=31):
+    """How many times as fast as dense each is, in turns, on all cores: {level: {method: [median, low, high]}}."""
+    images, found = pictures("nips2017-dev")[0], {}
+    torch.set_num_threads(os.cpu_count())
+    for level in LEVELS:
+        models = {"dense": load_backbone(model).eval()}
+        for name in FAMILY:
+            method = FAMILY[name].get("method", name)
+            if KNOWN[method].score.learned or (said := setting(name, model, level, images[:200])) is None:
+                continue
+            models[name] = prune(load_backbone(model).eval(), method, **said)
+        seconds = interleaved({n: partial(m, images[:batch]) for n, m in models.items()}, rounds)
+        found[level] = {name: times(one, seconds["dense"]) for name, one in seconds.items()}
+    return found
+
+
+def pretrained(folder):
+    free = [name for name in FAMILY if not KNOWN[FAMILY[name].get("method", name)].score.learned]
+    wave = [(look_pretrained, None, 1.0), *((look_pretrained, *one) for one in itertools.product(free, LEVELS))]
+    rows = run([wave])
+    MORE["pretrained"] = {"times": clock()}
+    return sorted(rows, key=lambda r: (r["method"] != "dense", [*FAMILY, "dense"].index(r["method"]), -r["level"]))
+
+
 if __name__ == "__main__":
-    which = {"matrix": matrix, "ablations": ablations, "backbones": backbones}
-    name = sys.argv[1] if len(sys.argv) > 1 else "matrix"
-    if name not in which:
-        sys.exit(f"one of {', '.join(which)} is expected, got {name!r}")
-    begun = time.perf_counter()
-    save(name, which[name](Path("_build/matrix")), begun)
+    which = {"matrix": matrix, "ablations": ablations, "backbones": backbones, "family": family, "pretrained": pretrained}
+    names = sys.argv[1:] or ["matrix", "family"]
+    if not set(names) <= set(which):
+        sys.exit(f"some of {', '.join(which)} are expected, got {' '.join(names)!r}")
+    for name in names:
+        begun = time.perf_counter()
+        save(name, which[name](Path("_build/matrix")), begun)

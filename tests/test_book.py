@@ -90,7 +90,10 @@ TEMPLATE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["masked-fine-tuning", "dynamicvit", "evit", "tps"])
+CHAPTERS = ("masked-fine-tuning", "dynamicvit", "evit", "tps", "merging", "a-count-for-each-image", "tokens-that-come-back")
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_a_method_chapter_follows_the_template(name):
     text = (TOP / "book" / f"{name}.md").read_text()
     assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == TEMPLATE
@@ -108,23 +111,36 @@ def test_colours_are_told_apart(sight):
 
 
 def test_a_diagram_shows_what_the_package_does(monkeypatch):
-    """Each stage names its score and reduction, keeps the four best, and mixes the colours as the method does."""
+    """Each stage names its score and reduction, keeps the best, and mixes the colours as the method does."""
     monkeypatch.setitem(METHODS, "new", Method("attention_received", "drop", "before", "ceil", "nobody"))
+    own = {  # which are kept, and the line that says so; of the others the four best
+        "random": ([1, 3, 4, 6], "keep 4 of 8, ρ = 0.5"),
+        "tome": ([0, 2, 3, 4, 6], "keep 5 of 8, ρ = 0.7: every other one may go"),
+        "ats": ([0, 1, 2, 3, 5, 6], "keep 6 of 8, ρ = 1: what ρN points fall on"),
+        "dpcknn": ([3, 5, 6, 7], "keep 4 of 8, ρ = 0.5"),
+    }
+    above = [0, 2, 3, 5], "keep those above a threshold, here 4 of 8"
+    joined = {"merge": [0, 6, 0], "cluster": [7, 7, 3, 7]}  # whom each of the others joins
     for method, how in METHODS.items():
+        kept, line = own.get(method, ([0, 2, 3, 5], "keep 4 of 8, ρ = 0.5") if how.chooses.counted else above)
         figure = diagrams.stage(method)
         axes = figure.axes[0]
         words = [text.get_text() for text in axes.texts]
-        assert {how.score.words, how.reduce.words, "keep 4 of 8, ρ = 0.5"} <= set(words)
-        kept = [1, 3, 4, 6] if how.score.drawn else [0, 2, 3, 5]
+        assert {how.score.words, how.reduce.words, line} <= set(words)
         others = [i for i in range(8) if i not in kept]
         x, rest = diagrams.TOKENS[None, kept], diagrams.TOKENS[None, others]
         squeezed, host = tps.squeeze(x, rest)
         fused = evit.weighted_sum(rest, diagrams.SCORES[None, others])
+        hosts = joined.get(how.reduce.name, [])
+        groups = [[k, *(i for i, h in zip(others, hosts) if h == k)] for k in kept]
+        means = torch.stack([diagrams.TOKENS[group].mean(dim=0) for group in groups])[None]
         after, ends = {
             "drop": (x, []),
+            "bypass": (x, []),
+            "skip": (x, []),
             "fuse": (torch.cat([x, fused], dim=1), [8] * 4),
             "squeeze": (squeezed, [kept[i] for i in host[0]]),
-        }[how.reduce.name]
+        }.get(how.reduce.name, (means, hosts))
         row = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_y() == 0.2]
         drawn = [patch.get_facecolor()[:3] for patch in row if patch.get_facecolor()[3]]
         torch.testing.assert_close(torch.tensor(drawn), after[0])
@@ -132,7 +148,10 @@ def test_a_diagram_shows_what_the_package_does(monkeypatch):
         assert words[words.index("cls", words.index(how.reduce.words)) + 1 :][: len(names)] == names
         arrows = [(*text.xyann, *text.xy) for text in axes.texts if isinstance(text, Annotation)]
         assert arrows == [(i + 1.1, 1.8, end + 1.1, 0.95) for i, end in zip(others, ends)]
-        assert words.count("×") == (0 if ends else 4)
+        gone = {"×": 0 if ends or how.reduce.rejoins else len(others), how.reduce.gone: len(others) * how.reduce.rejoins}
+        assert {word: words.count(word) for word in gone} == gone
+        bars = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_y() == 3.35]
+        assert len(bars) + words.count("∞") == 8 and (words.count("∞") == 4) is (method == "tome")
         plt.close(figure)
 
 

@@ -21,10 +21,11 @@ from timm.models import VisionTransformer
 import tpbook
 from tpbook import flops, methods, weights
 from tpbook.book import cost, looks
-from tpbook.book.looks import CHOICES as METHODS
+from tpbook.book.looks import CHOICES
 from tpbook.book.looks import method_of
 from tpbook.book.plots import COLOURS, NAMES
 
+METHODS = {name: of for name, of in CHOICES.items() if not method_of(name).chooses.varies}  # that can be counted
 STATIC = Path(__file__).parent.parent / "book/static"
 THEME = importlib.util.find_spec("pydata_sphinx_theme")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs an installed Chromium")
@@ -80,7 +81,10 @@ def test_methods(explorer):
 def test_counts(explorer):
     mixed = [(0.7, 1, 0.05), (1, 0.33, 0.999), (0.123, 0.1234, 0.77), (0.01, 0.01, 0.01), (1e-7, 0.5, 1), (0.9,)]
     ratios = [(i / 100,) * stages for i, stages in product(range(1, 101), (1, 3))] + mixed
-    cases = list(product((1, 7, 49, 100, 196, 577), ratios, METHODS))
+    cases = [
+        case for case in product((1, 7, 49, 100, 196, 577), ratios, METHODS)
+        if min(case[1]) >= method_of(case[2]).reduce.least_ratio
+    ]  # fmt: skip
     ours = explorer().evaluate("cases => cases.map(([n, r, m]) => tpbook.counts(n, r, tpbook.methods[m]))", cases)
     for case, counts in zip(cases, ours):
         assert counts == token_counts(*case), case
@@ -130,6 +134,13 @@ MODELS = {
 }
 
 
+def can(name, ratios, at):
+    """Whether the method goes to such ratios, and to such blocks."""
+    method = method_of(name)
+    before = method.hears and method.place is methods.Place.BEFORE  # reads the attention of the block before
+    return min(ratios) >= method.reduce.least_ratio and not (method.score.lasting and before and at[0] == 0)
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_macs(explorer, family):
     model, page = MODELS[family](), explorer()
@@ -137,7 +148,8 @@ def test_macs(explorer, family):
     usual = (depth // 4, depth // 2, 3 * depth // 4)
     stages = [(usual, (ratio,) * 3) for ratio in (0.05, 0.35, 0.7, 0.95, 1.0)]
     stages += [((0,), (0.5,)), ((0, 1, depth - 1), (0.9, 1.0, 0.123)), (tuple(range(depth)), (0.8,) * depth)]
-    cases = [(None, (), ())] + [(name, ratios, at) for name in METHODS for at, ratios in stages]
+    cases = [(name, ratios, at) for name in METHODS for at, ratios in stages if can(name, ratios, at)]
+    cases = [(None, (), ()), *cases]
     script = "([shape, cases]) => cases.map(([m, r, at]) => tpbook.macs(shape, tpbook.methods[m] ?? null, r, at))"
     for (name, ratios, at), ours in zip(cases, page.evaluate(script, [shape, cases])):
         cost = closed_form(model, name, ratios, at)
@@ -160,26 +172,29 @@ class Pair(methods.dynamicvit.Drop):
         return (enter - kept) * (kept + 2) * (dim // 3)
 
 
-@pytest.mark.parametrize("place", ["before", "between"])
-@pytest.mark.parametrize("count", ["floor", "ceil"])
-@pytest.mark.parametrize("score", ["class_attention", "attention_received", "predictor"])
-def test_methods_to_come(explorer, monkeypatch, score, place, count):
+@pytest.mark.parametrize("score", ["class_attention", "attention_received", "predictor", "lasting_attention"])
+def test_methods_to_come(explorer, monkeypatch, score):
     """Other points on the axes: nothing in the page knows which there are."""
-    method = methods.Method(methods.SCORES[score], Pair(), place, count, "nobody")
-    monkeypatch.setitem(tpbook.METHODS, "new", method)
-    model, at = MODELS["depth_8"](), (1, 2, 5)
-    told = json.loads(json.dumps(cost.rule(method, looks.Look("new", "#000000", "o"))))
-    for ratios in ((0.7, 0.5, 0.9), (1.0, 0.33, 1.0), (0.001, 0.001, 0.001)):
-        ours = explorer().evaluate("([s, m, r, at]) => tpbook.macs(s, m, r, at)", [shape_of(model), told, ratios, at])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            form = flops.closed_form(tpbook.prune(model, "new", keep_ratio=ratios, at=at))
-            counts = [count._asdict() for count in model.pruning.counts(196)]
-        tpbook.unprune(model)
-        assert ours["by_block"] == list(form.by_block) and ours["total"] == form.total
-        assert ours["counts"] == counts
-        for count, added in zip(counts, ours["stages"]):
-            assert (added == 0) == (count["kept"] == count["enter"])
+    model, at, page = MODELS["depth_8"](), (1, 2, 5), explorer()
+    shape = shape_of(model)
+    for place, count, protects in product(methods.Place, methods.counts.COUNTS, (False, True)):
+        reduce = Pair()
+        reduce.protects = protects
+        method = methods.Method(methods.SCORES[score], reduce, place, count, "nobody")
+        monkeypatch.setitem(tpbook.METHODS, "new", method)
+        told = json.loads(json.dumps(cost.rule(method, looks.Look("new", "#000000", "o"))))
+        for ratios in ((0.7, 0.5, 0.9), (1.0, 0.33, 1.0), (0.001, 0.001, 0.001)):
+            ours = page.evaluate("([s, m, r, at]) => tpbook.macs(s, m, r, at)", [shape, told, ratios, at])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                form = flops.closed_form(tpbook.prune(model, "new", keep_ratio=ratios, at=at))
+                counts = [count._asdict() for count in model.pruning.counts(196)]
+            tpbook.unprune(model)
+            assert ours["by_block"] == list(form.by_block) and ours["total"] == form.total
+            assert ours["counts"] == counts
+            for s, (one, added) in enumerate(zip(counts, ours["stages"])):
+                later = counts[s:] if method.score.lasting else [one]
+                assert (added == 0) == all(count["kept"] == count["enter"] for count in later)
 
 
 ERRORS = {
@@ -302,6 +317,22 @@ def test_choices(explorer, name):
         now = check(page, **digits)
         assert now[name] == option
         assert int(now["resolution"]) % int(now["patch size"]) == 0
+
+
+def test_a_slider_stops_where_its_method_does(explorer):
+    page = explorer()
+    ratio = control(page, "keep ratio ρ")
+    ratio.fill("0.3")
+    for name in METHODS:
+        least = method_of(name).reduce.least_ratio
+        control(page, "method").select_option(name)
+        assert float(ratio.get_attribute("min")) == max(0.05, least)
+        assert float(ratio.input_value()) >= least
+        assert page.get_by_text(f"{NAMES[name]} stops at ρ = {least:.2f}").count() == bool(least)
+    assert any(method_of(name).reduce.least_ratio for name in METHODS) and not page.wrong
+    script = "tpbook.counts(196, [0.4], Object.values(tpbook.methods).find(m => m.least_ratio))"
+    with pytest.raises(Exception, match="ratios must be 0.5 or more for this method, got 0.4"):
+        page.evaluate(script)
 
 
 def test_presets_are_the_models(explorer):

@@ -16,7 +16,7 @@ from test_site import WIDE, browser_needed, every_site
 
 import tpbook
 from tpbook import flops
-from tpbook.book import widgets
+from tpbook.book import looks, widgets
 from tpbook.book.plots import NAMES
 from tpbook.methods import token_counts
 from tpbook.weights import DIGITS, load_trained_digits
@@ -69,24 +69,26 @@ def choose(page, set_, image, method, ratio):
     slider = click(page, set_, image, method)
     slider.focus()
     slider.press("Home")
-    for _ in range(carried_by(page)["ratios"].index(ratio)):
+    ratios = carried_by(page)["ratios"]
+    for _ in range(ratios.index(ratio) - int(slider.get_attribute("min"))):
         slider.press("ArrowRight")
     return settled(page)
 
 
 def computed(model, x, request):
-    """What tpbook computes where the page answers a request: trace and logits of an input (1, C, H, W)."""
+    """What tpbook computes where the page answers a request: trace, logits and cost of an input (1, C, H, W)."""
     model.keep_ratio = request["ratio"]
     with torch.inference_mode(), tpbook.trace(model) as t:
         logits = model(x)[0]
     return t, logits
 
 
-def same_hosts_and_cost(state, model, t):
-    cost = flops.closed_form(model)
+def same_hosts_and_cost(state, model, t, x):
+    varies = model.pruning.method.chooses.varies
+    cost = flops.closed_form(model, x)[0] if varies else flops.closed_form(model)
     assert state["host"] == [host[0].tolist() for host in t.host]
     assert state["macs"] == list(cost.by_block) and state["total"] == cost.total
-    assert state["tokens"] == widgets.cost_of(model)["tokens"]
+    assert state["tokens"] == widgets.cost_of(model, x)["tokens"]
 
 
 def carried_by(page):
@@ -100,14 +102,20 @@ def test_every_state_shown_is_what_tpbook_computes(site, explorer):
     carried = carried_by(page)
     for set_, group in enumerate(carried["sets"]):
         for i, (method, ratio) in enumerate(product(group["methods"], RATIOS)):
+            if ratio < (least := looks.method_of(method).reduce.least_ratio):
+                click(page, set_, i % len(group["images"]), method).fill("0")  # the slider stops, and says so
+                assert settled(page)["request"]["ratio"] == least
+                assert page.get_by_text(f"{NAMES[method]} stops at ρ = {least:.2f}").is_visible()
+                continue
             state = choose(page, set_, i % len(group["images"]), method, ratio)
             assert state["request"]["method"] == method and state["request"]["ratio"] == ratio
             model = model_of(len(group["classes"]) == 1000, method)
             src = group["images"][state["request"]["image"]]["src"]
-            t, logits = computed(model, widgets.input_of(src, model), state["request"])
+            x = widgets.input_of(src, model)
+            t, logits = computed(model, x, state["request"])
             for shown, kept in zip(state["kept"], t.kept, strict=True):
                 assert shown == sorted(p for p in kept[0].tolist() if p >= 0)
-            same_hosts_and_cost(state, model, t)
+            same_hosts_and_cost(state, model, t, x)
             p = logits.softmax(0)
             assert [q for _, q in state["top"]] == pytest.approx(p.sort(descending=True).values[:5].tolist(), abs=1e-4)
             assert [q for _, q in state["top"]] == pytest.approx([float(p[c]) for c, _ in state["top"]], abs=1e-4)
@@ -299,9 +307,9 @@ def one():
     image = {"src": widgets.picture_of(x, model), "alt": "a digit", "label": "", "credit": CREDIT}
     group = {**widgets.describe(model), "name": "One", "missing": "", "images": [image], "methods": {}, "costs": {}}
     for name, (of, options) in widgets.CHOICES.items():
-        if not tpbook.METHODS[of].score.learned:
+        if not tpbook.METHODS[of].score.learned:  # of each the state says what it costs
             tpbook.prune(model, of, keep_ratio=0.5, **options)
-            methods[name], group["costs"][name] = [widgets.state(model, x)], [widgets.cost_of(model)]
+            methods[name] = [widgets.state(model, x) | widgets.cost_of(model, x)]
             tpbook.unprune(model)
     group |= {"methods": dict.fromkeys(methods, {}), "states": [methods]}
     return {**widgets.front(keep_ratio=0.5), "ratios": [0.5], "sets": [group]}
@@ -351,15 +359,24 @@ def test_what_became_of_a_patch_is_said_in_the_words_of_its_method(one, opened):
         gone = next(patch for patch in range(196) if patch not in state["kept"][0])
         page.get_by_label("Follow a patch").fill(str(gone + 1))
         fate = {"evit": "fused", "random": "dropped", "topk": "dropped", "evit, no fusion": "dropped"}.get(name)
+        reduce = looks.method_of(name).reduce
+        if reduce.rejoins:
+            stages = [str(s + 1) for s, kept in enumerate(state["kept"]) if gone not in kept]
+            said = page.locator(".explorer output").last.inner_text()
+            assert said == f"{place(gone)}: waiting from stage {', '.join(stages)} on, until the next one"
+            assert page.locator(".explorer .said").inner_text().count("patches left, the others waiting.") == 1
+            continue
+        if fate is None and not state["host"]:
+            fate = "dropped"  # of a method that keeps as many as the image needs
         if fate is None:
             first, last = state["host"][0][gone], state["host"][-1][gone]
-            fate = f"squeezed into {place(first)}"
+            fate = f"{reduce.gone} {place(first)}"
         said = page.locator(".explorer output").last.inner_text()
         assert said.split(", in the end")[0] == f"{place(gone)}: {fate} at stage 1"
         assert page.locator(".explorer .view").is_visible() == bool(state["host"])
         if state["host"] and first != last:
             assert said.endswith(f", in the end in {place(last)}")
-    assert {"evit", "etps", "random"} <= set(one["sets"][0]["methods"]) and not page.wrong
+    assert {"evit", "etps", "random", "tome", "dpcknn", "ats", "evovit"} <= set(one["sets"][0]["methods"]) and not page.wrong
 
 
 # ---- in the page, really computing
@@ -393,12 +410,17 @@ def test_the_page_computes_what_pytorch_computes(site, running):
     page = running(site)
     carried = carried_by(page)
     for set_, group in enumerate(carried["sets"]):
+        assert set(group["onnx"]["models"]) == {m for m in group["methods"] if not looks.method_of(m).chooses.varies}
         for n, method in enumerate(group["methods"]):
-            i = n % len(group["images"])
-            click(page, set_, i, method).fill(str(20 + 11 * n))
+            i, at = n % len(group["images"]), max(20 + 6 * n, round(100 * looks.method_of(method).reduce.least_ratio) - 5)
+            if method not in group["onnx"]["models"]:
+                assert page.locator(".explorer .methods").get_by_label(NAMES[method], exact=True).is_disabled()
+                assert page.get_by_text("keep another number of tokens of every image").is_visible()
+                continue
+            click(page, set_, i, method).fill(str(at))
             state = settled(page)
             request = state["request"]
-            assert request["method"] == method and request["image"] == i and request["ratio"] == (25 + 11 * n) / 100
+            assert request["method"] == method and request["image"] == i and request["ratio"] == (5 + at) / 100
             if method == "random":  # the page's own draws
                 counts = token_counts(196, [request["ratio"]] * 3, tpbook.METHODS["random"])
                 assert [len(kept) for kept in state["kept"]] == [count.kept for count in counts]
@@ -409,7 +431,7 @@ def test_the_page_computes_what_pytorch_computes(site, running):
             t, logits = computed(model, x, request)
             assert state["logits"] == pytest.approx(logits.tolist(), abs=1e-4)
             assert state["kept"] == [kept[0].tolist() for kept in t.kept]
-            same_hosts_and_cost(state, model, t)
+            same_hosts_and_cost(state, model, t, x)
             if not photographs:  # its pictures are PNGs
                 torch.testing.assert_close(x, widgets.input_of(group["images"][i]["src"], model))
     assert not page.wrong

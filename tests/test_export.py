@@ -11,6 +11,7 @@ import sys
 import warnings
 from dataclasses import replace
 from fractions import Fraction
+from itertools import product
 
 import numpy as np
 import onnx
@@ -35,6 +36,12 @@ VARIANTS = {
     "dtps": {},
     "etps": {},
     "random": {},
+    "tome": {},
+    "dpcknn": {},
+    "evovit": {},
+    "tome random": {"score": "random", "proportional": False},
+    "dpcknn random": {"score": "random"},
+    "evit package": {"fuse_weights": "score", "score": "predictor"},
     "evit unfused": {"fuse": False},
     "evit inverted": {"invert": True},
     "evit static": {"score": "static"},
@@ -79,7 +86,8 @@ def assert_kept(got, s, t, patches):
     assert got.dtype == np.int64 and got.shape == want.shape
     if np.array_equal(got, want):
         return
-    entering = t.kept[s - 1] % (patches + 1) if s else torch.arange(patches).expand(len(want), -1)  # fused ones last
+    every = torch.arange(patches).expand(len(want), -1)
+    entering = t.kept[s - 1] % (patches + 1) if s else every  # fused ones last
     score = torch.zeros(len(want), patches + 1).scatter(1, entering, t.scores[s])
     for row in np.flatnonzero((got != want).any(axis=1)):
         places = got[row] != want[row]
@@ -88,9 +96,15 @@ def assert_kept(got, s, t, patches):
         np.testing.assert_allclose(score[row, ours], score[row, theirs], rtol=1e-5)
 
 
+def within(model, ratios):
+    """Those of the ratios that the method can go to."""
+    least = model.pruning.method.reduce.least_ratio
+    return [ratio for ratio in ratios if np.min(ratio) >= least]
+
+
 @torch.no_grad()
 def assert_same(runtime, model, images, ratios, knob=True):
-    for ratio in ratios:
+    for ratio in within(model, ratios):
         model.keep_ratio = ratio
         with tpbook.trace(model) as t:
             want = model(images)
@@ -107,7 +121,8 @@ def assert_same(runtime, model, images, ratios, knob=True):
 @pytest.mark.filterwarnings("ignore:keep_ratio")
 def test_counts_equal_the_exact_ones(patches):
     knobs = torch.arange(1, 10_001) / 10_000  # every ratio of four decimals
-    for method in (METHODS["random"], METHODS["etps"], METHODS["evit"]):
+    package = replace(METHODS["evit"], reduce=METHODS["evit"].reduce.configure(fuse_weights="score"))
+    for method in (METHODS["random"], METHODS["etps"], METHODS["evit"], METHODS["evovit"], package):
         got = knob_counts(patches, knobs.expand(3, -1), method)
         want = [token_counts(patches, [p / 10_000] * 3, method) for p in range(1, 10_001)]
         for s in range(3):
@@ -122,6 +137,7 @@ def test_counts_of_many_stages():
         ratios = [draw.randint(1, 10_000) / 10_000 for _ in range(draw.choice([1, 2, 6, 12]))]
         for method in [*METHODS.values(), replace(METHODS["random"], reduce="fuse")]:
             patches = draw.randint(1, 4096)
+            ratios = [max(ratio, method.reduce.least_ratio) for ratio in ratios]
             got = knob_counts(patches, torch.tensor(ratios), method)
             assert [(c.kept, c.leave) for c in got] == [
                 (c.kept, c.leave) for c in token_counts(patches, ratios, method)
@@ -157,13 +173,19 @@ def constants(proto):
     return named | {tensor.name for tensor in proto.graph.initializer}
 
 
-@pytest.mark.parametrize("method", ["dynamicvit", "evit", "etps", "random"])
-@pytest.mark.parametrize("wish", [{"keep_ratio": 0.7}, {"keep_ratio": (1, 0.5, 0.31)}, {"keep": (20, 20, 7)}])
+WISHES = [{"keep_ratio": 0.7}, {"keep_ratio": (1, 0.5, 0.31)}, {"keep": (20, 20, 7)}]
+CONSTANT = [
+    *product(("dynamicvit", "evit", "etps", "random"), WISHES), ("evit", {"r": 6}), ("tome", {"keep_ratio": 0.7}),
+    ("dpcknn", {"keep": (20, 20, 7)}), ("evovit", {"keep_ratio": (1, 0.5, 0.31)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, wish", CONSTANT)
 @torch.no_grad()
 def test_one_ratio_makes_every_count_a_constant(small, images, tmp_path, recwarn, method, wish):
-    model = pruned(small(), method, keep_ratio=0.4)
+    model = pruned(small(), method, keep_ratio=0.6)
     path, x = tpbook.export(model, tmp_path / "m.onnx", **wish), images(model, batch=3)
-    assert model.keep_ratio == 0.4 and not recwarn.list
+    assert model.keep_ratio == 0.6 and not recwarn.list
     proto = onnx.load(path)
     assert [i.name for i in proto.graph.input] == ["images"] + ["random"] * model.pruning.method.score.drawn
     counted = [node.input[1] for node in proto.graph.node if node.op_type == "TopK"]
@@ -189,8 +211,28 @@ def test_one_ratio_is_noted(small, tmp_path):
     assert noted["keep_ratio"] == [0.5, 0.7, 1] and "keep" not in noted
     noted = metadata(tpbook.export(model, tmp_path / "m.onnx", keep=5))
     assert noted["keep"] == 5 and "keep_ratio" not in noted
+    noted = metadata(tpbook.export(model, tmp_path / "m.onnx", r=[3, 2]))
+    assert noted["r"] == [3, 2] and not {"keep", "keep_ratio"} & set(noted)
     with pytest.warns(UserWarning, match="keep_ratio=0.001 would keep none"):
         tpbook.export(tpbook.prune(small(), "random"), tmp_path / "m.onnx", keep_ratio=0.001)
+
+
+@torch.no_grad()
+def test_a_model_that_says_how_many_it_removes_is_a_file_for_that(small, images, tmp_path):
+    """ToMe's own way: all blocks, each of its r; a ratio that is given all the same makes a file for it."""
+    model = tpbook.prune(small(), "tome", r=(5, -1.0))
+    path, x = tpbook.export(model, tmp_path / "m.onnx"), images(model, batch=3)
+    assert [given.name for given in onnx.load(path).graph.input] == ["images"]
+    noted = metadata(path)
+    assert noted["r"] == [10, 8, 6, 4, 2, 0] and noted["at"] == [0, 1, 2, 3, 4, 5] and noted["method"] == "tome"
+    with tpbook.trace(model) as t:
+        want = model(x)
+    got = run(session(path), x)
+    np.testing.assert_allclose(got["logits"], want, atol=1e-4, rtol=0)
+    assert [kept.shape[1] for kept in t.kept] == [26, 18, 12, 8, 6, 6]
+    for s in range(6):
+        assert np.array_equal(got[f"kept_{s + 1}"], t.kept[s]) and np.array_equal(got[f"host_{s + 1}"], t.host[s])
+    assert "r" not in metadata(tpbook.export(model, tmp_path / "m.onnx", keep_ratio=0.9))
 
 
 # ---- models
@@ -198,6 +240,7 @@ def test_one_ratio_is_noted(small, tmp_path):
 
 CASES = [
     ("deit3", "etps"), ("dinov2_reg", "evit"), ("clip", "dtps"), ("distilled", "evit"), ("average", "evit"),
+    ("distilled", "tome"), ("siglip", "tome"), ("average", "evovit"),
     ("siglip", "dynamicvit"), ("siglip", "random"), ("qk_norm", "etps"), ("large_image", "etps"),
 ]  # fmt: skip
 
@@ -470,6 +513,13 @@ def test_errors_leave_nothing(small, tmp_path, monkeypatch):
         (ValueError, "keep_ratio must be left unset .* not pruned, got 0.7", model, path, {"keep_ratio": 0.7}),
         (ValueError, "keep must be left unset .* not pruned, got 9", model, path, {"keep": 9}),
         (ValueError, "both be given, got 0.7 and 9", evit, path, {"keep_ratio": 0.7, "keep": 9}),
+        (ValueError, "keep and r must not both be given, got 9 and 4", evit, path, {"keep": 9, "r": 4}),
+        (ValueError, "r must be 0 or more tokens to remove, got -1", evit, path, {"r": -1}),
+        (ValueError, "r must hold at most one number for each of 3 blocks", evit, path, {"r": [1, 2, 3, 4]}),
+        (ValueError, "r must be left unset .* not pruned, got 4", model, path, {"r": 4}),
+        (ValueError, "half of the tokens .* got keep_ratio=0.4", tpbook.prune(small(), "tome"), path, {"keep_ratio": 0.4}),
+        (ValueError, "every image, and ats keeps another number", tpbook.prune(small(), "ats"), path, {}),
+        (ValueError, "every image, and ats keeps", tpbook.prune(small(), "ats"), path, {"keep": 9}),
         (ValueError, r"keep_ratio must lie in \(0, 1\], got 1.2", evit, path, {"keep_ratio": 1.2}),
         (ValueError, "keep_ratio .* 3 stages, got .0.7, 0.5", evit, path, {"keep_ratio": [0.7, 0.5]}),
         (ValueError, "keep must lie from 1 to the 36 patch tokens .* got 37", evit, path, {"keep": 37}),

@@ -95,10 +95,13 @@ def test_nothing_removed_is_the_dense_model_and_unprune_leaves_nothing_behind(na
 
 
 class Attending:
-    """Inside, every fused attention hides keys by −∞; it remembers what each saw, (q, k, bias or None)."""
+    """Inside, every fused attention hides keys by −∞; it remembers what each saw, (q, k, bias or None).
+
+    `sizes` (T,) or None: how many tokens each key stands for.
+    """
 
     def __enter__(self):
-        self.hidden, self.seen = [], []
+        self.hidden, self.seen, self.sizes = [], [], None
         self.own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, self
         return self
 
@@ -106,8 +109,10 @@ class Attending:
         F.scaled_dot_product_attention = self.own
 
     def __call__(self, q, k, v, attn_mask=None, *args, **kwargs):
-        if self.hidden:
+        if self.hidden or self.sizes is not None:
             hidden = torch.zeros(q.shape[-2], k.shape[-2])
+            if self.sizes is not None:
+                hidden += self.sizes.log()
             hidden[:, self.hidden] = float("-inf")
             attn_mask = hidden if attn_mask is None else attn_mask + hidden
         self.seen.append((q.detach(), k.detach(), attn_mask if isinstance(attn_mask, torch.Tensor) else None))
@@ -146,8 +151,15 @@ class Dense:
         model: the dense model; it cannot be used any further.
         kept: a list of patches a stage, those that are left, in token order; −1 for a fused one.
         place: of the stages.
-        rewrite: (self, stage, x (1, T, C) between the halves, attention (T, T)) → x and the positions alive.
+        rewrite: (self, stage, x (1, T, C) between the halves, attention (T, T)) → x and the positions alive; before a
+            block there is no attention. A position that is named several times enters the pool as often.
+
+    Attributes:
+        sizes: (T,), how many tokens each stands for in the attention; None for one.
+        waits: whether hidden tokens stay as they are and are there again after the last block.
     """
+
+    sizes, waits = None, False
 
     def __init__(self, model, kept, place, rewrite=None):
         self.model, self.kept, self.place, self.rewrite = model, kept, place, rewrite
@@ -166,8 +178,12 @@ class Dense:
     def _follow(self, i, block, attend):
         def enter(module, args, kwargs):
             if i in AT and self.place is Place.BEFORE:
-                self.alive = self.positions(self.kept[AT.index(i)])
+                self.alive, s = self.positions(self.kept[AT.index(i)]), AT.index(i)
+                if self.rewrite is not None:
+                    x, self.alive = self.rewrite(self, s, args[0], None)
+                    args = (x, *args[1:])
             self.mode.hidden = [p for p in range(args[0].shape[1]) if p not in self.alive]
+            self.mode.sizes = self.sizes
             return args, {name: self.placed(name, value) for name, value in kwargs.items()}
 
         def attended(module, args, out):
@@ -181,8 +197,11 @@ class Dense:
                 x, self.alive = self.rewrite(self, s, x, attention(*self.mode.seen[-1])[0].float())
                 with silent(attend, several):
                     out = module.forward(x, *args[1:], **kwargs)
-            self.mode.hidden = []
-            return out[:, self.alive] if i == len(self.blocks) - 1 else out
+            if self.waits:
+                out = out.clone()
+                out[:, self.mode.hidden] = args[0][:, self.mode.hidden]
+            self.mode.hidden, self.mode.sizes = [], None
+            return out[:, self.alive] if i == len(self.blocks) - 1 and not self.waits else out
 
         attend.register_forward_hook(attended)
         block.register_forward_pre_hook(enter, with_kwargs=True)
@@ -255,7 +274,7 @@ def test_removing_tokens_is_hiding_them(name, how):
 def test_while_a_learned_method_trains_dropped_tokens_do_not_count(name):
     model, images = BUILDERS[name]()
     family, trunk = inside(model)
-    if family.trains_learned(trunk):
+    if family.pools_unmasked(trunk):
         before = look(model)
         with pytest.raises(ValueError, match="learned"):
             tpbook.prune(model, "dynamicvit", at=AT)

@@ -56,6 +56,30 @@ def test_a_dense_model_is_its_map(small, images):
     assert torch.equal(laid, t.features.transpose(1, 2).reshape(2, 48, 6, 6))
 
 
+@pytest.mark.parametrize("fill", ["zero", "nearest", "last_seen", "host"])
+def test_tokens_that_came_back_are_the_map(small, images, fill):
+    """Evo-ViT hands all of them on, in the order of the image, so there is nothing to fill."""
+    model = tpbook.prune(small(), "evovit", keep_ratio=0.5)
+    with torch.no_grad(), tpbook.trace(model) as t:
+        model(images(model))
+    assert t.kept[-1].shape == (2, 18)
+    assert torch.equal(tpbook.to_grid(t.features, t, fill).flatten(2).transpose(1, 2), t.features)
+
+
+@pytest.mark.parametrize("fill", ["zero", "nearest", "last_seen"])
+def test_padding_has_no_place(small, images, fill):
+    """An image that keeps fewer tokens than its neighbour in the batch has the map that it has alone."""
+    model = tpbook.prune(small(), "ats", keep_ratio=1.0)
+    x, alone = images(model), []
+    with torch.no_grad(), tpbook.trace(model) as t:
+        for image in x.split(1):
+            model(image)
+            alone.append(tpbook.to_grid(t.features, t, fill))
+        model(x)
+    assert any((kept == -2).any() for kept in t.kept)
+    torch.testing.assert_close(tpbook.to_grid(t.features, t, fill), torch.cat(alone), atol=2e-5, rtol=0)
+
+
 def test_grad_cam(small, images):
     """As its users do it: activations of the last block's norm and their gradient, each laid on the map."""
     model, seen = tpbook.prune(small(), "etps", keep_ratio=0.5), []

@@ -35,6 +35,11 @@ def test_counts_of_the_papers():
 @given(st.integers(1, 2000), st.lists(ratio, min_size=1, max_size=4), st.sampled_from(list(METHODS)))
 @pytest.mark.filterwarnings("ignore:keep_ratio")
 def test_counts(patches, ratios, name):
+    reduce = METHODS[name].reduce
+    if min(ratios) < reduce.least_ratio:
+        with pytest.raises(ValueError, match="keep_ratio must leave half"):
+            token_counts(patches, ratios, METHODS[name])
+        return
     counts = token_counts(patches, ratios, METHODS[name])
     n, share = patches, Decimal(1)
     with localcontext(prec=200):
@@ -43,11 +48,12 @@ def test_counts(patches, ratios, name):
             if METHODS[name].count.name == "floor":
                 kept = (patches * share).to_integral_value(ROUND_FLOOR)
             else:
-                kept = (n * Decimal(str(r))).to_integral_value(ROUND_CEILING)
-            assert c.enter == n and c.kept == max(1, int(kept)) and 1 <= c.kept <= c.enter
-            assert c.leave == c.kept + (METHODS[name].reduce.name == "fuse" and c.kept < n) and c.leave <= c.enter
-            assert r < 1 or name == "evit" or c.leave == c.enter
-            n = c.leave
+                up = ROUND_CEILING if METHODS[name].count.name == "ceil" else ROUND_FLOOR
+                kept = (n * Decimal(str(r))).to_integral_value(up)
+            assert c.enter == n and c.kept == max(reduce.least(n), int(kept)) and 1 <= c.kept <= c.enter
+            assert c.leave == c.kept + (reduce.name == "fuse" and c.kept < n) and c.leave <= c.enter
+            assert r < 1 or name == "evit" or reduce.least_ratio or c.leave == c.enter
+            n = c.enter if reduce.rejoins else c.leave
 
 
 class Given(Score):

@@ -12,7 +12,7 @@ import torch
 
 import tpbook
 from notebooks.pooling import POOLING
-from tpbook.book import results
+from tpbook.book import family, results
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"
 
@@ -172,3 +172,22 @@ def test_one_side_is_ahead_where_the_interval_and_every_seed_say_so():
     assert pair["low"] > 0 and pair["side"] == 0
     pairs = {0.9: {"side": 1}, 0.7: {"side": 0}, 0.5: {"side": -1}, 0.3: {"side": 1}}
     assert results.sides(pairs) == "ahead at ρ = 0.9, 0.3; behind at ρ = 0.5; undecided at ρ = 0.7"
+
+
+def test_the_family_is_set_beside_one_method_at_the_nearest_cost():
+    """Within the same data and training, over the seeds that both have."""
+
+    def row(method, macs, bits, trained=True, **more):
+        return {"method": method, "macs": macs, "trained": trained, "n": 8, "correct": results.pack(bits), **more}
+
+    rows = [
+        row("topk", 80e6, "11110000", keep_ratio=0.7, seed=0), row("topk", 80e6, "11110000", keep_ratio=0.7, seed=1),
+        row("topk", 60e6, "00000000", keep_ratio=0.5, seed=0), row("topk", 79e6, "00000000", False, keep_ratio=0.7),
+        row("tome", 78e6, "11111100", options={"r": 13}, seed=1), row("tome", 78e6, "11111000", options={"r": 13}, seed=0),
+    ]  # fmt: skip
+    [line] = family.table(rows, ("tome",))
+    assert (line["method"], line["setting"], line["trained"], line["MACs, 10⁶"]) == ("ToMe", "r = 13", "yes", "78")
+    assert line["top-1, %"].startswith("68.8 [") and "data" not in line
+    assert line["− Top-K"].startswith("+18.8 ± 8.8 [") and line["− Top-K"].endswith("(at 80)")
+    assert [line.get("− Top-K") for line in family.table(rows, ("topk",))] == [None] * 3
+    assert family.setting({"keep_ratio": 0.7, "options": {"proportional": False}}) == "ρ = 0.7, proportional = False"

@@ -19,6 +19,7 @@ from tpbook.book import cost, looks
 from tpbook.methods import REDUCTIONS, SCORES, token_counts
 
 TOP = Path(__file__).parent.parent
+COUNTED = [name for name in looks.CHOICES if not looks.method_of(name).chooses.varies]
 OPERATORS = {"+": operator.add, "*": operator.mul, "**": operator.pow, "//": operator.floordiv}
 
 
@@ -37,8 +38,9 @@ def rules():
     return json.loads(text[len(start) : -2])
 
 
-@pytest.mark.parametrize("name", looks.CHOICES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_methods(rules, name):
+    assert list(rules["methods"]) == COUNTED
     told, method = rules["methods"][name], looks.method_of(name)
     assert told["title"] == looks.LOOKS[name].title and told["colour"] == looks.LOOKS[name].colour
     assert (told["gone"], told["hosts"]) == (method.reduce.gone, method.reduce.hosts)
@@ -47,24 +49,29 @@ def test_methods(rules, name):
         assert macs == method.macs(tpbook.methods.StageCount(enter, kept, kept), width)
 
 
-@pytest.mark.parametrize("name", looks.CHOICES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_counts(rules, name):
     told, method = rules["methods"][name], looks.method_of(name)
     for patches, ratios in product((7, 100, 196), ((0.7,) * 3, (0.55, 1.0, 0.9), (0.01, 0.3))):
         n, share, said = patches, Fraction(1), []
+        if min(ratios) < told["least_ratio"]:
+            with pytest.raises(ValueError, match="half of the tokens"):
+                token_counts(patches, ratios, method)
+            continue
         for ratio in ratios:
             ratio = Fraction(str(ratio))
             share *= ratio
             exact = patches * share if told["count"]["of"] == "input" else n * ratio
-            kept = max(1, math.ceil(exact) if told["count"]["up"] else math.floor(exact))
+            least = value(told["least"], {"enter": n})
+            kept = max(least, math.ceil(exact) if told["count"]["up"] else math.floor(exact))
             said.append((n, kept, kept + told["adds"] if kept < n else kept))
-            n = said[-1][2]
+            n = n if told["rejoins"] else said[-1][2]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert said == token_counts(patches, ratios, method)
 
 
-@pytest.mark.parametrize("name", looks.CHOICES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_closed_form(rules, small, name):
     model, told, (of, options) = small(), rules["methods"][name], looks.CHOICES[name]
     tpbook.prune(model, of, keep_ratio=0.5, at=(2,), **options)

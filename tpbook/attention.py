@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .keep_mask import HIDDEN, masked_attention, masked_product
-from .tokens import in_float32
+from .tokens import Heard, in_float32
 
 
 class AttentionMask:
@@ -21,22 +21,37 @@ class AttentionMask:
     Args:
         dtype: of the tokens; libraries ask a mask for it.
         keep: (B, T), D over all tokens, prefix tokens 1; hides those with D = 0 from the others. None hides none.
-        queries: whose rows of the attention are heard: "class" (the first token's) or "all"; None hears nothing.
+        queries: whose rows of the attention are heard: "class" (the first token's) or "all"; None hears none.
+        reads: what else is heard, names of `HEARABLE`.
+        bias: (B, T), added to the logits of every query: log s where tokens merged, −∞ for padding. None adds nothing.
         graph: whether what is heard keeps its gradient.
+        heads: (B, H), by which the output of each head is multiplied. None multiplies none.
 
     Attributes:
-        heard: (B, T) float32 once the attention has run, the mean over heads and heard rows of softmax(q Kᵀ / √d).
+        heard: `Heard`, once the attention has run. Its row is the mean over heads and heard rows of softmax(q Kᵀ / √d).
     """
 
     ndim = 4
 
-    def __init__(self, dtype, keep=None, queries=None, graph=True):
-        self.dtype, self.keep, self.queries, self.graph = dtype, keep, queries, graph
-        self.heard = None
+    def __init__(self, dtype, keep=None, queries=None, reads=(), bias=None, graph=True, heads=None):
+        self.dtype, self.keep, self.queries, self.reads, self.graph = dtype, keep, queries, reads, graph
+        self.bias = None if bias is None else bias[:, None, None, :]  # (B, 1, 1, T)
+        self.heads, self.gated = heads, heads is None
+        self.heard = Heard()
 
     def to(self, *args, **kwargs):
         """Libraries cast a mask to the dtype of the queries; `attend` does."""
         return self
+
+    @property
+    def hears(self):
+        """Whether it has to hear anything."""
+        return self.queries is not None or bool(self.reads)
+
+    @property
+    def only_looks(self):
+        """Whether it neither hides nor weighs anything, and whoever hears takes no part in the result."""
+        return not self.graph and self.keep is None and self.bias is None and self.heads is None
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -53,10 +68,11 @@ class AttentionMask:
         """The fused attention; `bias`, (B or 1, H, T, T) or None, is added to its logits."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         bias = bias if bias is None else bias.to(q.dtype)
-        if self.queries is not None:
-            with torch.set_grad_enabled(self.graph and torch.is_grad_enabled()):
-                asking = q[:, :, :1] if self.queries == "class" else q
-                self.heard = heard(asking, k, scale, bias, self.keep)
+        if self.bias is not None:
+            bias = self.bias.to(q.dtype) if bias is None else bias + self.bias.to(q.dtype)
+        self.hear(q, k, v, scale, bias)
+        if self.heads is not None:  # weighs values, which is the same
+            v, self.gated = v * self.heads[:, :, None, None].to(v.dtype), True
         if self.keep is not None and dropout_p == 0:
             return masked_product(q, k, v, self.keep, scale, bias)
         if self.keep is not None:
@@ -68,13 +84,52 @@ class AttentionMask:
 
     def add_to(self, logits):
         """The explicit attention: its logits (B, H, T, T), with what is hidden."""
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits.dtype)
         if self.queries is not None:
-            with torch.set_grad_enabled(self.graph and torch.is_grad_enabled()):
+            with self._graph():
                 asking = logits[:, :, :1] if self.queries == "class" else logits
-                self.heard = shares(asking, self.keep)
+                self.heard = self.heard._replace(row=shares(asking, self.keep))
         if self.keep is not None:
             logits = logits + masked_attention(self.keep).to(logits.dtype)
         return logits
+
+    def hear(self, q, k, v, scale, bias=None):
+        """Hear what the method asks of queries, keys and values, (B, H, T, D) each; `bias` as in `heard`."""
+        with self._graph():
+            if self.queries is not None:
+                asking = q[:, :, :1] if self.queries == "class" else q
+                self.heard = self.heard._replace(row=heard(asking, k, scale, bias, self.keep))
+            self.listen(k, v)
+
+    def listen(self, k, v):
+        """Hear what the method reads of keys and values, (B, H, T, D) each."""
+        for name in self.reads:
+            self.heard = self.heard._replace(**{name: HEARABLE[name](k, v)})
+
+    def check(self):
+        """RuntimeError where the attention ran, and did not let hear or turn off what was asked."""
+        if not self.gated:
+            raise RuntimeError(
+                "the method turns heads off, and this attention is explicit, which hands its logits on alone: build "
+                'the model with fused attention (timm\'s fused_attn, or attn_implementation="sdpa")'
+            )
+        if any(getattr(self.heard, name) is None for name in self.reads):
+            raise RuntimeError(
+                f"the method reads {' and '.join(self.reads)} of an attention, and this one is explicit, which hands its "
+                'logits on alone: build the model with fused attention (timm\'s fused_attn, or '
+                'attn_implementation="sdpa")'
+            )
+
+    def _graph(self):
+        return torch.set_grad_enabled(self.graph and torch.is_grad_enabled())
+
+
+# what of keys and values, (B, H, T, D) each, can be heard, by its name in `Heard`
+HEARABLE = {
+    "keys": lambda k, v: k.mean(dim=1),
+    "norms": lambda k, v: v.float().square().sum(dim=(1, 3)).sqrt(),
+}
 
 
 @in_float32

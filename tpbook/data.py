@@ -129,13 +129,14 @@ def attribution():
         return {row["file"]: row for row in csv.DictReader(file)}
 
 
-def imagenette(split, transform=None):
+def imagenette(split, transform=None, name=IMAGENETTE):
     """Imagenette, ten ImageNet classes, split by what ImageNet models have seen.
 
     Args:
         split: "test", the 500 images of ImageNet's validation set, which no ImageNet model has trained on (they lie in
             both of the archive's folders); "train" and "val", those folders without them.
         transform: as in `ImageNetFolder`.
+        name: of the folder; "imagewoof2-160", ten breeds of dogs, is split alike.
 
     Returns:
         A Dataset of (image, ImageNet-1k index).
@@ -143,7 +144,7 @@ def imagenette(split, transform=None):
     Raises:
         ValueError: an unknown split.
     """
-    held_out, path = "ILSVRC2012_val_*", root(IMAGENETTE)
+    held_out, path = "ILSVRC2012_val_*", root(name)
     if split == "test":
         folders = [path / "train", path / "val"]
         return ConcatDataset([ImageNetFolder(f, transform=transform, pattern=held_out) for f in folders])

@@ -14,12 +14,20 @@ from .checks import check_at, check_flag, check_keep, check_keep_ratio, check_na
 from .families import family_of
 from .methods import METHODS, SCORES
 from .methods.parts import Place
+from .methods.schedule import check_r
 from .mixing import enter, leave
 from .plan import Pruning
 from .pruned import PrunedModel
 
 
-def prune(model, method, *, keep_ratio=0.7, at=None, keep=None, **options):
+class Default(float):
+    """What an argument is unless somebody gives it, which can be told from the same number given."""
+
+
+DEFAULT = Default(0.7)
+
+
+def prune(model, method, *, keep_ratio=DEFAULT, at=None, keep=None, r=None, **options):
     """Prune a vision transformer in place, as its library made it.
 
     Args:
@@ -37,12 +45,17 @@ def prune(model, method, *, keep_ratio=0.7, at=None, keep=None, **options):
             official ones; there the blocks of the third stage are counted.
         keep: how many patch tokens to keep instead of a share of them: an int for every stage, or a sequence of one a
             stage; `keep_ratio` is then not looked at. `model.keep = …` changes it later.
+        r: how many patch tokens to remove at each of all blocks (or at those of `at`) instead, ToMe's way: an int, a
+            pair (int, inflection from −1 to 1) for a number that falls or rises from block to block, or a list of
+            ints, one a block. Given with `keep_ratio` or `keep` it is an error. `model.r = …` changes it later.
         **options: `score`, one of "predictor", "class_attention", "attention_received" (for models without a class
-            token), "random", "static" (default: the method's own; before a block the attention is that of the block
+            token), "random", "static", "keys", "attention_value", "density", "lasting_attention" (default: the method's own; before a block the attention is that of the block
             before); `invert`, keep the worst tokens instead of the best; `seed`, an int that makes random scores the
             same in every forward of the same shape (None draws from torch's global generator); `fuse` (EViT), False
             drops what would be fused; `similarity` (TPS), "cosine", "euclidean" or a function
-            (B, p, C), (B, k, C) → (B, p, k) that is at most 1; `rejoin` (PVT, CvT), what a place whose token is gone
+            (B, p, C), (B, k, C) → (B, p, k) that is at most 1; `fuse_weights` (EViT), "score" for sums by the score that
+            are never removed; `proportional` (ToMe), False for attention that does not count sizes; `rejoin_last`
+            (Evo-ViT), False leaves those that wait out of what the model hands to its head; `rejoin` (PVT, CvT), what a place whose token is gone
             holds at the end of its map: "zero", "host" (methods that squeeze) or "last_seen".
 
     Returns:
@@ -55,7 +68,7 @@ def prune(model, method, *, keep_ratio=0.7, at=None, keep=None, **options):
     family = family_of(model)
     inside = family.inside(model)
     if inside is not model:
-        prune(inside, method, keep_ratio=keep_ratio, at=at, keep=keep, **options)
+        prune(inside, method, keep_ratio=keep_ratio, at=at, keep=keep, r=r, **options)
         enter(model, family.mixin, _plan=inside._plan)
         return model
     if hasattr(model, "_plan"):
@@ -65,7 +78,7 @@ def prune(model, method, *, keep_ratio=0.7, at=None, keep=None, **options):
     if hasattr(model, "mask_ratio"):
         raise ValueError(f"model is masked, at ratio {model.mask_ratio}: tpbook.unmask it first")
     blocks = family.blocks(model)
-    pruning = _check(family, model, blocks, method, keep_ratio, at, keep, options)
+    pruning = _check(family, model, blocks, method, keep_ratio, at, keep, r, options)
     family.install(model, pruning)
     return model
 
@@ -101,25 +114,48 @@ def is_pruned(model):
     return isinstance(model, PrunedModel)
 
 
-def _check(family, model, blocks, name, keep_ratio, at, keep, options):
+def _check(family, model, blocks, name, keep_ratio, at, keep, r, options):
     """The `Pruning` that the arguments of `prune` ask for; raises if it cannot be."""
     check_name("method", name, METHODS)
+    if "score" in options:
+        check_name("score", options["score"], SCORES)
     method = METHODS[name]
-    allowed = {"score", "invert", "seed", *method.reduce.options, *family.options}
+    score, reduce = SCORES.get(options.get("score"), method.score), method.reduce
+    allowed = {"score", "invert", "seed", *score.options, *reduce.options, *family.options}
     for option in options:
         if option not in allowed:
             raise TypeError(f"option {option!r} is not known to {name}, which takes {', '.join(sorted(allowed))}")
-    reduce = method.reduce.configure(**{key: options[key] for key in method.reduce.options if key in options})
-    if "score" in options:
-        check_name("score", options["score"], SCORES)
+    score, reduce = (
+        part.configure(**{key: options[key] for key in part.options if key in options}) for part in (score, reduce)
+    )
     check_flag("invert", options.get("invert", False))
     check_seed(options.get("seed"))
-    method = replace(method, score=SCORES.get(options.get("score"), method.score), reduce=reduce)
-    at = family.default_at(model, method) if at is None else check_at(at, len(blocks))
+    method = replace(method, score=score, reduce=reduce)
+    if options.get("invert") and not method.chooses.inverts:
+        raise ValueError(f"invert must be False for {name}, which has no worst tokens to keep")
+    if r is not None and not (isinstance(keep_ratio, Default) and keep is None):
+        given = "keep" if isinstance(keep_ratio, Default) else "keep_ratio"
+        raise ValueError(f"r and {given} must not both be given, got r={r!r} and {given}={locals()[given]!r}")
+    given = {"keep_ratio": None if isinstance(keep_ratio, Default) else keep_ratio, "keep": keep, "r": r}
+    counted = method.chooses.counted
+    for argument, value in given.items():
+        if not counted and value is not None:
+            raise ValueError(
+                f"{argument} must be left unset for {name}, whose tokens decide how many stay, got {value!r}"
+            )
+    if at is not None:
+        at = check_at(at, len(blocks))
+    elif method.score.every is not None:
+        at = tuple(range(min(method.score.every, len(blocks) - 1), len(blocks)))
+    elif r is None:
+        at = family.default_at(model, method)
+    else:
+        at = tuple(range(method.hears and method.place is Place.BEFORE, len(blocks)))
+    share = keep is None and r is None and counted
     pruning = Pruning(
-        name, method, at, check_keep_ratio(keep_ratio, len(at)) if keep is None else None,
+        name, method, at, check_keep_ratio(keep_ratio, len(at)) if share else None,
         check_keep(keep, family.patches(model, at)), options.get("invert", False), options.get("seed"),
-        {key: options[key] for key in family.options if key in options},
+        {key: options[key] for key in family.options if key in options}, None if r is None else check_r(r, len(at)),
     )  # fmt: skip
     _check_model(family, model, blocks, pruning)
     return pruning
@@ -132,7 +168,7 @@ def _check_model(family, model, blocks, pruning):
             raise ValueError(f"blocks[{i}] {why}")
     if why := family.check(model, pruning):
         raise ValueError(why)
-    if method.queries is not None:
+    if method.hears:
         what = f"{pruning.name} with score={method.score.name!r}"
         if method.queries == "class" and not family.has_class_token(model):
             raise ValueError(
@@ -144,6 +180,13 @@ def _check_model(family, model, blocks, pruning):
         for i in pruning.listeners:
             if why := family.check_attention(blocks[i]):
                 raise ValueError(f"{what} {why} in blocks[{i}]")
-    for why in (method.score.placed and family.places(model), method.score.learned and family.trains_learned(model)):
-        if why:
-            raise ValueError(why)
+    for i in pruning.at:
+        if method.score.switches and (why := family.check_attention(blocks[i])):
+            raise ValueError(f"{pruning.name} turns heads off and {why} in blocks[{i}]")
+    if method.score.placed and (why := family.places(model)):
+        raise ValueError(why)
+    if why := family.pools_unmasked(model):
+        if method.score.learned:
+            raise ValueError(f"a learned score cannot train on {why}")
+        if method.chooses.varies:
+            raise ValueError(f"{pruning.name} pads images that keep fewer tokens, and cannot run on {why}")

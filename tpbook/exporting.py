@@ -9,14 +9,14 @@ many tokens. Inputs and outputs, for B images, S stages and N patches (K classes
 
     logits      (B, K) float32
     kept_1 …    (B, n_s) int64         as `Trace.kept`, one a stage
-    host_1 …    (B, N) int64           as `Trace.host`, one a stage; TPS only
+    host_1 …    (B, N) int64           as `Trace.host`, one a stage; of methods whose tokens carry others
 
 Counts are those of `token_counts` exactly, in integers: with ρ = r / 10⁴::
 
-    kept = ⌊N·r₁⋯r_s / 10⁴ˢ⌋ or ⌈n·r_s / 10⁴⌉, at least 1
+    kept = ⌊N·r₁⋯r_s / 10⁴ˢ⌋, ⌈n·r_s / 10⁴⌉ or ⌊n·r_s / 10⁴⌋, at least 1, or half of n where a method cannot go lower
 
-A file for one ρ, or for one number of tokens, has no input `keep_ratio`, and its counts are constants, as TensorRT
-before 8.6 wants those of TopK.
+A file for one ρ, one number of tokens to keep, or r to remove, has no input `keep_ratio`, and its counts are constants,
+as TensorRT before 8.6 wants those of TopK.
 
 Of tokens with the same score the earlier one goes first, where PyTorch's order among them is the machine's choice; that
 and rounding are the only differences.
@@ -40,6 +40,7 @@ from .engine import is_pruned
 from .families import family_of
 from .families.registry import known
 from .masking import PatchMask
+from .methods.schedule import check_r
 from .mixing import mixed
 from .onnx_graph import halve, load_onnx, settle, split
 from .onnx_ops import Plain, quiet
@@ -52,20 +53,20 @@ WEIGHTS = ("float32", "float16")
 OPSETS = range(16, 21)  # rows are added at equal indices from 16 on, and 20 is the last that torch's exporter takes
 
 
-def export(model, path, *, keep_ratio=None, keep=None, opset=17, weights="float32"):
+def export(model, path, *, keep_ratio=None, keep=None, r=None, opset=17, weights="float32"):
     """Write a model as an ONNX file that holds everything it needs; inputs and outputs are those above.
 
     The file's metadata has a key "tpbook": JSON with method, score, reduce, at, image_size, patch_size, mean, std (null
-    where the model has no `pretrained_cfg`) and the version that wrote it; of a file for one ratio `keep_ratio` and
-    `keep` too. What `seed`, `keep_ratio` and `keep` of the model are set to does not matter, since random draws and
-    ratios are inputs. H and W are the model's own.
+    where the model has no `pretrained_cfg`) and the version that wrote it; of a file for one ratio `keep_ratio`, `keep`
+    or `r` too. What `seed`, `keep_ratio` and `keep` of the model are set to does not matter, since random draws and
+    ratios are inputs; a model whose `r` is set gives a file for it. H and W are the model's own.
 
     Args:
-        model: a timm `VisionTransformer`, `Eva`, `Beit` or `NaFlexVit`, pruned by any method or not; it stays as it is,
-            the file is of its eval mode in float32.
+        model: a timm `VisionTransformer`, `Eva`, `Beit` or `NaFlexVit`, pruned or not, by any method that keeps as many
+            tokens of every image (not ATS); it stays as it is, the file is of its eval mode in float32.
         path: where to write, `….onnx`. An older file there is replaced.
         keep_ratio: ρ of a file for it alone, one for all stages or a sequence of one a stage. None makes it an input.
-        keep: the same by numbers of patch tokens, as `prune` takes them.
+        keep, r: the same by numbers of patch tokens to keep or to remove, as `prune` takes them.
         opset: of ONNX, from 16 to 20.
         weights: "float16" stores large tensors as halves, which the graph casts to float32 before use: half the size.
 
@@ -74,17 +75,18 @@ def export(model, path, *, keep_ratio=None, keep=None, opset=17, weights="float3
 
     Raises:
         TypeError: `model` is none of those, or an argument is of a wrong type.
-        ValueError: another argument that cannot be used; a model masked with when="always", or inside `tpbook.trace`;
-            something in the model (a similarity function, say) that ONNX has no words for.
+        ValueError: another argument that cannot be used; a model masked with when="always", or inside `tpbook.trace`, or
+            of which each image keeps another number; something in the model (a similarity function, say) that ONNX has
+            no words for.
         FileNotFoundError: the folder of `path` is not there.
         ImportError: onnx is not installed.
         OSError: the file could not be written. In every case nothing half-written is left.
 
     Warns:
-        UserWarning: `keep_ratio` is so small that a stage would keep no token; it keeps one.
+        UserWarning: `keep_ratio` is so small that a stage would keep no token; it keeps one. A stage cannot remove r.
     """
     family = _check_model(model)
-    fixed = _check_ratio(model, keep_ratio, keep)
+    fixed = _check_ratio(model, {"keep_ratio": keep_ratio, "keep": keep, "r": r})
     if isinstance(opset, bool) or not isinstance(opset, numbers.Integral):
         raise TypeError(f"opset must be an int, got {opset!r}")
     if opset not in OPSETS:
@@ -107,7 +109,7 @@ def export(model, path, *, keep_ratio=None, keep=None, opset=17, weights="float3
     settle(proto.graph)
     if weights == "float16":
         halve(proto.graph)
-    proto.metadata_props.add(key="tpbook", value=json.dumps(_metadata(model, family, fixed)))
+    proto.metadata_props.add(key="tpbook", value=json.dumps(_metadata(model, family, fixed), default=float))
     part = path.with_name(path.name + ".part")
     try:
         part.write_bytes(proto.SerializeToString())
@@ -128,26 +130,36 @@ def _check_model(model):
     family = family_of(model)
     if any(isinstance(module, PatchMask) and module.when == "always" for module in model.modules()):
         raise ValueError('model is masked with when="always", which draws at random: tpbook.unmask it first')
+    if is_pruned(model) and model.pruning.method.chooses.varies:
+        raise ValueError(
+            f"model must keep as many tokens of every image, and {model.pruning.name} keeps another number of each: ONNX "
+            "has no words for that"
+        )
     looked_at = family.norm(model).__dict__.get("_plan")
     if looked_at is not None and looked_at.trace is not None:
         raise ValueError("model must not be inside tpbook.trace")
     return family
 
 
-def _check_ratio(model, keep_ratio, keep):
-    """The `Pruning` of a file for one ratio; None for one with a knob."""
-    if keep_ratio is None and keep is None:
-        return None
-    if keep_ratio is not None and keep is not None:
-        raise ValueError(f"keep_ratio and keep must not both be given, got {keep_ratio!r} and {keep!r}")
+def _check_ratio(model, given):
+    """The `Pruning` of a file for one ratio, of which `given` says one name and value; None for one with a knob."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        (first, one), (second, other), *_ = given.items()
+        raise ValueError(f"{first} and {second} must not both be given, got {one!r} and {other!r}")
     if not is_pruned(model):
-        name, value = ("keep", keep) if keep_ratio is None else ("keep_ratio", keep_ratio)
-        raise ValueError(f"{name} must be left unset for a model that is not pruned, got {value!r}")
-    stages, ratio = len(model.pruning.at), None
-    if keep is None:
-        ratio = check_keep_ratio(keep_ratio, stages)
-    patches = family_of(model).patches(model, model.pruning.at)
-    return replace(model.pruning, keep_ratio=ratio, keep=check_keep(keep, patches))
+        for name, value in given.items():
+            raise ValueError(f"{name} must be left unset for a model that is not pruned, got {value!r}")
+        return None
+    if not given:
+        return model.pruning if model.pruning.r is not None else None
+    stages, ratio = len(model.pruning.at), given.get("keep_ratio")
+    return replace(
+        model.pruning,
+        keep_ratio=None if ratio is None else check_keep_ratio(ratio, stages),
+        keep=check_keep(given.get("keep"), family_of(model).patches(model, model.pruning.at)),
+        r=check_r(given["r"], stages) if "r" in given else None,
+    )
 
 
 class Exported:
@@ -194,6 +206,7 @@ def _traced(model, family, fixed, opset):
         with warnings.catch_warnings(), quiet(), torch.no_grad():
             for category in (torch.jit.TracerWarning, DeprecationWarning):  # those of a user's similarity function stay
                 warnings.filterwarnings("ignore", category=category, module=r"(timm|torch|tpbook)\b")
+            warnings.filterwarnings("ignore", message="Constant folding")
             torch.onnx.export(
                 model, tuple(inputs.values()), file, input_names=list(inputs), output_names=results, dynamic_axes=axes,
                 do_constant_folding=False,  # so tensors keep the names of the state dict; runtimes fold as they load
@@ -218,11 +231,7 @@ def _metadata(model, family, fixed):
     pruning, config = getattr(model, "pruning", None), getattr(model, "pretrained_cfg", None) or {}
     method = pruning.method if pruning else None
     mean, std = (config.get(key) for key in ("mean", "std"))
-    one = {}
-    if fixed:
-        key, number = ("keep", int) if fixed.keep_ratio is None else ("keep_ratio", float)
-        value = getattr(fixed, key)
-        one[key] = [number(v) for v in value] if isinstance(value, tuple) else number(value)
+    one = {name: getattr(fixed, name, None) for name in ("keep_ratio", "keep", "r")}
     return {
         "method": pruning.name if pruning else None,
         "score": method.score.name if method else None,
@@ -233,5 +242,5 @@ def _metadata(model, family, fixed):
         "mean": list(mean) if mean else None,
         "std": list(std) if std else None,
         "tpbook": __version__,
-        **one,
+        **{name: value for name, value in one.items() if value is not None},
     }

@@ -20,6 +20,7 @@ processes it is a mean over each process's own, as in the official code, so it i
 Chapter: :doc:`/book/dynamicvit`
 """
 
+import torch
 import torch.nn.functional as F
 
 TOKEN = ("mse", "kl")
@@ -134,6 +135,116 @@ def dynamicvit(
 def dtps(*args, **kwargs):
     """dTPS (Wei et al. 2023): DynamicViT's objective. Arguments as for `dynamicvit`; its recipe takes token="kl"."""
     return dynamicvit(*args, **kwargs)
+
+
+def avit(
+    logits, trace, labels, *, teacher_logits=None, logit_weight=0.5, ponder_weight=5e-4, prior_weight=1e-3,
+    prior_depth=2 / 3,
+):  # fmt: skip
+    """A-ViT (Yin et al. 2022): tokens are to halt early, most of them at one depth.
+
+    With d_l the mean over images and patches of the halting score after block l of L, over the sum of those means, and
+    p the density of a Gaussian around block 8 of 12 with a deviation of 1, over its sum::
+
+        total = cls + 5e-4·mean over images and tokens of ρ + 1e-3·Σ_l p_l log(p_l / d_l)
+
+    The official code means to leave the class token out of d, and leaves out the first image of the batch; here the
+    prefix tokens are left out. That a token which has halted counts there with 0 is our choice.
+
+    Args:
+        logits: (B, classes) of the model in training mode.
+        trace: the `tpbook.Trace` of that forward, with a `methods.avit.Halted` as its `state`.
+        labels: (B,) int64 or (B, classes) probabilities.
+        teacher_logits, logit_weight: as for `classification`.
+        ponder_weight, prior_weight: weights in the total.
+        prior_depth: where the Gaussian stands, as a share of L.
+
+    Returns:
+        dict: "cls", "ponder", "prior", "total", with a teacher "logit_kl".
+    """
+    terms = classification(logits, labels, teacher_logits=teacher_logits, logit_weight=logit_weight)
+    prefix = trace.state.ponder.shape[1] - trace.features.shape[1]
+    scores = torch.stack([h[:, prefix:].mean() for h in trace.state.halting])  # (L,)
+    blocks = torch.arange(1, len(scores) + 1, device=scores.device)
+    log_prior = (-(blocks - prior_depth * len(scores)).square() / 2).log_softmax(dim=0)
+    tiny = torch.finfo(scores.dtype).tiny
+    log_scores = (scores / scores.sum().clamp(min=tiny)).clamp(min=tiny).log()
+    terms["ponder"] = trace.state.ponder.mean()
+    terms["prior"] = (log_prior.exp() * (log_prior - log_scores)).sum()
+    terms["total"] = terms["total"] + ponder_weight * terms["ponder"] + prior_weight * terms["prior"]
+    return terms
+
+
+def adavit(
+    logits, trace, labels, *, teacher_logits=None, logit_weight=0.5, usage=0.5, token_usage=None, weight=2.0,
+):  # fmt: skip
+    """AdaViT (Meng et al. 2022), our reading: so much of the model is to be used, on average over the batch.
+
+    With the mean of the decisions of all blocks, but for heads and layers of the first, where all are on::
+
+        total = cls + 2·|heads − ½| + 2·|layers − ½| + 2·(tokens − ½)²
+
+    Args:
+        logits: (B, classes) of the model in training mode.
+        trace: the `tpbook.Trace` of that forward, with a `methods.adavit.Switched` as its `state`.
+        labels: (B,) int64 or (B, classes) probabilities.
+        teacher_logits, logit_weight: as for `classification`.
+        usage: what share of heads and of layers is to be on, ½ above.
+        token_usage: what share of tokens is to be in a block; None is `usage`.
+        weight: of each of the three in the total.
+
+    Returns:
+        dict: "cls", "heads", "layers", "tokens", "total", with a teacher "logit_kl".
+    """
+    terms = classification(logits, labels, teacher_logits=teacher_logits, logit_weight=logit_weight)
+    token_usage = usage if token_usage is None else token_usage
+    for name, several in (("heads", trace.state.all_heads), ("layers", trace.state.all_layers)):
+        if several:  # none where the model has one stage
+            terms[name] = (torch.cat(several, dim=1).mean() - usage).abs()
+            terms["total"] = terms["total"] + weight * terms[name]
+    terms["tokens"] = (torch.cat(trace.decisions, dim=1).float().mean() - token_usage).square()
+    terms["total"] = terms["total"] + weight * terms["tokens"]
+    return terms
+
+
+def ia_red2(
+    logits, trace, labels, *, teacher_logits=None, logit_weight=0.5, policy_weight=1.0, penalty=0.5, power=2.0,
+):  # fmt: skip
+    """IA-RED² (Pan et al. 2021), our reading: a reward for being right with few tokens, by REINFORCE.
+
+    With u the share of the N tokens that are left, mean over stages, a_i the acts on the tokens alive at a stage, which
+    stay with probability p_i, and no gradient through the advantage A::
+
+        reward = 1 − u²   where the answer is right,   −½ where it is wrong
+        A      = reward − its mean over the batch                                        the baseline is our choice
+        policy = −mean over images of A · mean over acts of log(a_i p_i + (1 − a_i)(1 − p_i))
+        total  = cls + policy
+
+    Args:
+        logits: (B, classes) of the model in training mode.
+        trace: the `tpbook.Trace` of that forward, its `scores` the logits of p.
+        labels: (B,) int64 or (B, classes) probabilities, of which the largest is right.
+        teacher_logits, logit_weight: as for `classification`.
+        policy_weight: of "policy" in the total.
+        penalty: what a wrong answer costs, ½ above.
+        power: of u, 2 above.
+
+    Returns:
+        dict: "cls", "policy", "reward", "usage", "total", with a teacher "logit_kl".
+    """
+    terms = classification(logits, labels, teacher_logits=teacher_logits, logit_weight=logit_weight)
+    with torch.no_grad():
+        acts = torch.stack(trace.decisions).float()  # (S, B, N), D after each stage
+        alive = torch.cat([torch.ones_like(acts[:1]), acts[:-1]])  # before it
+        right = logits.argmax(dim=-1) == (labels if labels.dim() == 1 else labels.argmax(dim=-1))
+        used = acts.mean(dim=(0, 2))  # (B,)
+        reward = torch.where(right, 1 - used**power, -penalty)
+        advantage = reward - reward.mean()
+    chance = F.logsigmoid(torch.stack(trace.scores).float() * (2 * acts - 1))  # log π of each act
+    chance = (chance * alive).sum(dim=(0, 2)) / alive.sum(dim=(0, 2))  # (B,)
+    terms |= {"policy": -(advantage * chance).mean(), "reward": reward.mean(), "usage": used.mean()}
+    terms["total"] = terms["total"] + policy_weight * terms["policy"]
+    return terms
 
 
 def _kl(student, teacher):

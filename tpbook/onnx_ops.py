@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from .attention import AttentionMask
+
 
 class Plain(TorchFunctionMode):
     """Calls the functions of `OTHERS` in the place of PyTorch's."""
@@ -29,6 +31,8 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)
     logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)  # (B, H, T, T)
     if attn_mask is not None:
+        if isinstance(attn_mask, AttentionMask):
+            attn_mask.listen(k, v)
         logits = logits + attn_mask
     return logits.softmax(dim=-1) @ v
 
@@ -62,6 +66,21 @@ def largest(x, *args, **kwargs):
     return torch.return_types.max(part if keepdim else part.select(dim, 0) for part in best)
 
 
+def argmax(x, dim, keepdim=False):
+    """As `largest`."""
+    return largest(x, dim, keepdim).indices
+
+
+def argmin(x, dim, keepdim=False):
+    """As `largest`."""
+    return largest(-x, dim, keepdim).indices
+
+
+def cdist(x, y, *args, **kwargs):
+    """Of one row more, since ONNX Runtime multiplies no rows wrongly."""
+    return torch.cdist(torch.cat([x, y[:, :1]], dim=1), y, *args, **kwargs)[:, :-1]
+
+
 def repeat_interleave(x, repeats, dim=None, **kwargs):
     """The exporter's own takes another dimension for the one that is meant."""
     if not isinstance(repeats, int) or dim is None:
@@ -84,6 +103,9 @@ OTHERS = {
     torch.Tensor.index_add_: index_add_,
     torch.max: largest,
     torch.Tensor.max: largest,
+    torch.Tensor.argmax: argmax,
+    torch.Tensor.argmin: argmin,
+    torch.cdist: cdist,
     torch.repeat_interleave: repeat_interleave,
     torch.Tensor.repeat_interleave: repeat_interleave,
 }

@@ -18,13 +18,11 @@ class Constant(Plan):
     def counts(self, patches):
         return quiet_counts(patches, self.pruning.ratios, self.pruning.method)
 
-    def entering(self, scores):
-        """n of scores (B, n)."""
-        return int(scores.shape[1])
+    number = int  # a size that is traced → a constant
 
-    def order(self, scores, kept):
+    def rank(self, scores, k, others=False):
         """ONNX's TopK, unlike PyTorch's, puts the earlier of equal tokens first."""
-        k = self.entering(scores) if self.pruning.method.reduce.ordered else kept
+        k = self.number(scores.shape[1] if others else k)
         return scores.topk(k, largest=not self.pruning.invert).indices  # (B, n) or (B, k)
 
 
@@ -37,12 +35,13 @@ class Knob(Constant):
     def keeps_all(self, kept, n):
         return False
 
-    def entering(self, scores):
-        return scores.shape[1]
+    def number(self, n):
+        return n
 
-    def order(self, scores, kept):
-        order, n = super().order(scores, kept), self.entering(scores)
-        return torch.where(kept < n, order, torch.arange(n)[: order.shape[1]])
+    def choose(self, call, kept):
+        choice, n = super().choose(call, kept), call.scores.shape[1]
+        order = torch.where(kept < n, choice.order, torch.arange(n)[: choice.order.shape[1]])
+        return choice._replace(order=order)
 
 
 class Drawn(Score):
@@ -59,14 +58,15 @@ class Drawn(Score):
 
 def knob_counts(patches, ratios, method):
     """`token_counts` in int64 tensors: N = `patches` and ratios (S,), or (S, R) for R knobs at once."""
-    rule, n, counts = method.count, patches, []
+    rule, reduce, n, added, counts = method.count, method.reduce, patches, 0, []
     state = rule.start(patches)
     for part in (ratios * BASE).round().clamp(0, BASE).long():  # r, ten-thousandths
-        state, kept = rule.step(state, n, part, BASE)
-        kept = kept.clamp(min=1)
-        leave = kept + (kept < n).long() * method.reduce.adds
+        state, kept = rule.step(state, n - added, part, BASE)
+        kept = torch.maximum(kept, torch.as_tensor(reduce.least(n - added))) + added
+        leave = kept + (kept < n).long() * reduce.adds
         counts.append(StageCount(n, kept, leave))
-        n = leave
+        added = added + (leave - kept) * int(reduce.protects)
+        n = n if reduce.rejoins else leave
     return counts
 
 

@@ -6,12 +6,14 @@ Chapter: :doc:`/book/a-tour-of-keep-ratios`
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 
 from .attention import AttentionMask
-from .methods.counts import StageCount, Wish, quiet_counts, token_counts
+from .methods.counts import Fewer, StageCount, Wish, quiet_counts, token_counts
 from .methods.parts import Call, Method, Place
+from .methods.schedule import schedule
 from .record import Seen
-from .tokens import Tokens
+from .tokens import PADDING, Tokens
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,20 @@ class Pruning:
     name: str
     method: Method
     at: tuple[int, ...]
-    keep_ratio: float | tuple[float, ...] | None  # None where `keep` is given
+    keep_ratio: float | tuple[float, ...] | None  # None where `keep` or `r` is given
     keep: int | tuple[int, ...] | None
     invert: bool
     seed: int | None
     options: dict = field(default_factory=dict)  # of the model's family
+    r: int | tuple | None = None  # as `schedule` takes it
 
     @property
     def ratios(self):
-        """One a stage: ρ, or a `Wish`, how many tokens it keeps."""
+        """One a stage: ρ, or a `Wish`, how many tokens it keeps, or `Fewer`, how many it removes."""
+        if self.r is not None:
+            return tuple(map(Fewer, schedule(self.r, len(self.at))))
         several = self.keep_ratio if self.keep is None else self.keep
+        several = several if self.method.chooses.counted else 1.0  # as many as there are
         several = several if isinstance(several, tuple) else (several,) * len(self.at)
         return several if self.keep is None else tuple(map(Wish, several))
 
@@ -43,20 +49,31 @@ class Pruning:
         stages = [s for s, i in enumerate(self.at) if i in blocks]
         several = {"at": self.at, "keep_ratio": self.keep_ratio, "keep": self.keep}
         several = {name: tuple(value[s] for s in stages) for name, value in several.items() if isinstance(value, tuple)}
+        if self.r is not None:
+            several["r"] = [schedule(self.r, len(self.at))[s] for s in stages]
         return replace(self, **several)
 
     @property
     def listeners(self):
-        """Block → the stage that reads its attention: its own block's, or before a block that of the block before."""
-        if self.method.queries is None:
+        """Block → the stage that reads its attention: its own block's, or before a block that of the block before.
+
+        A lasting score hears the blocks between its stages too.
+        """
+        if not self.method.hears:
             return {}
-        return {i - (self.method.place is Place.BEFORE): s for s, i in enumerate(self.at)}
+        heard = {i - (self.method.place is Place.BEFORE): s for s, i in enumerate(self.at)}
+        if not self.method.score.lasting:
+            return heard
+        return {i: min(s for j, s in heard.items() if j >= i) for i in range(min(heard), max(heard) + 1)}
 
     def shares(self, patches):
         """What a learned method trains towards: the share of the N = `patches` tokens after each stage, ρ₁⋯ρ_s."""
         share, shares = 1.0, []
         for ratio in self.ratios:
-            share = ratio / patches if isinstance(ratio, Wish) else share * float(ratio)
+            if isinstance(ratio, Fewer):
+                share -= ratio / patches
+            else:
+                share = ratio / patches if isinstance(ratio, Wish) else share * float(ratio)
             shares.append(share)
         return shares
 
@@ -77,7 +94,7 @@ class Sized:
 class Plan:
     """What the blocks of a pruned model share: read by every forward, written by none.
 
-    `onnx_plan.py` overrides `counts`, `keeps_all` and `order`. A model whose map changes between its blocks has a
+    `onnx_plan.py` overrides `counts`, `keeps_all`, `rank` and `choose`. A model whose map changes between its blocks has a
     plan for each map, and `Plans` of them.
     """
 
@@ -115,14 +132,19 @@ class Plan:
 
     def keeps_all(self, kept, n):
         """Whether all n tokens stay, so that a stage has nothing to do."""
-        return kept >= n
+        return kept >= n and not self.pruning.method.chooses.varies
 
-    def order(self, scores, kept):
-        """(B, n) positions, those to keep first; or of the `kept` best ones alone where the others are not used."""
-        method, invert = self.pruning.method, self.pruning.invert
-        if not (method.reduce.ordered or method.score.settled):
-            return scores.topk(kept, largest=not invert).indices
-        return scores.argsort(dim=1, descending=not invert, stable=method.score.settled)
+    def choose(self, call, kept):
+        """Who stays: `Choice`, of the `kept` best ones or as the method says."""
+        method = self.pruning.method
+        return method.chooses(call, kept, self.rank, method.reduce.ordered)
+
+    def rank(self, scores, k, others=False):
+        """Positions of scores (B, n), the best first: (B, k), or (B, n) where the others are wanted too."""
+        invert, settled = self.pruning.invert, self.pruning.method.score.settled
+        if not (others or settled):
+            return scores.topk(k, largest=not invert).indices
+        return scores.argsort(dim=1, descending=not invert, stable=settled)
 
     def shares(self, decisions):
         """What a learned method trains towards, one a stage: of decisions (B, N), those of this plan first."""
@@ -132,35 +154,54 @@ class Plan:
 
     def begin(self, x, training):
         """(B, P + N, C) → `Tokens`. Who is who is followed only where somebody asks."""
-        score, patches = self.pruning.method.score, int(x.shape[1]) - self.prefix
+        method, patches = self.pruning.method, int(x.shape[1]) - self.prefix
+        score = method.score
         if score.placed and patches != self.patches:
             raise ValueError(
                 f"score={score.name!r} needs images of the model's own size, {self.grid[0]} × {self.grid[1]} patches; "
                 f"got {patches} patches"
             )
         every = None
-        if self.trace is not None or score.placed or (training and score.learned):
+        if self.trace is not None or method.follows or (training and score.learned):
             every = _every(x, patches)
         return Tokens(x, self.counts(patches), every, every, record=None if self.trace is None else ())
 
     def mask(self, tokens, stage, training):
         """What the attention of a block is handed: an `AttentionMask`, or None where it neither hides nor hears."""
-        queries, graph = None, True
-        if stage is not None and self.pruning.method.queries is not None:
-            count = tokens.counts[stage]
-            graph = not self.keeps_all(count.kept, count.enter) or (training and self.pruning.method.score.learned)
-            if graph or tokens.record is not None:
-                queries = self.pruning.method.queries
-        if queries is None and tokens.keep is None:
+        method, hears, graph = self.pruning.method, False, True
+        if stage is not None and method.hears:
+            counts = tokens.counts[stage:] if method.score.lasting else tokens.counts[stage : stage + 1]
+            graph = not all(self.keeps_all(count.kept, count.enter) for count in counts)
+            graph = graph or (training and method.score.learned)
+            hears = graph or tokens.record is not None
+        keep = bias = None
+        if training and method.score.learned and tokens.keep is not None:
+            keep = F.pad(tokens.keep, (self.prefix, 0), value=1.0)  # (B, T)
+        elif method.reduce.proportional and tokens.weight is not None:
+            bias = F.pad(tokens.weight.float().log(), (self.prefix, 0))  # (B, T): log s, −∞ for padding
+        elif tokens.keep is not None:
+            bias = F.pad(tokens.keep.float().log(), (self.prefix, 0))
+        if (front := method.score.looked_at(tokens, self.prefix)) is not None:
+            bias = tokens.x.new_zeros(tokens.x.shape[:2], dtype=torch.float32) if bias is None else bias
+            bias = torch.cat([bias[:, : self.prefix] + front.float().log(), bias[:, self.prefix :]], dim=1)
+        if bias is not None and method.chooses.varies:  # where no token is left it looks at all, and nobody reads it
+            bias = bias.masked_fill((bias == float("-inf")).all(dim=1, keepdim=True), 0)
+        heads = method.score.heads(tokens)
+        if not hears and keep is None and bias is None and heads is None:
             return None
-        keep = tokens.keep
-        if keep is not None:
-            keep = torch.cat([torch.ones_like(keep[:, :1]).expand(-1, self.prefix), keep], dim=1)  # (B, T)
-        return AttentionMask(tokens.x.dtype, keep, queries, graph=graph)
+        queries, reads = (method.queries, method.reads) if hears else (None, ())
+        return AttentionMask(tokens.x.dtype, keep, queries, reads, bias, graph, heads)
+
+    def listen(self, tokens, mask):
+        """`Tokens` after an attention that was handed a mask: with what it let hear, where it did."""
+        mask.check()
+        heard = tokens.replace(heard=mask.heard)
+        return self.pruning.method.score.follow(heard, self.prefix) if mask.hears else tokens
 
     def stage(self, s, tokens, predictor, training):
         """Stage s: score the patch tokens, choose, reduce; or, while a learned method trains, sample who stays."""
         method, count = self.pruning.method, tokens.counts[s]
+        tokens = method.score.look(method.reduce.rejoin(tokens, self.prefix), self.prefix)
         x = tokens.x[:, self.prefix :]  # (B, n, C)
         sampling, record = training and method.score.learned, tokens.record is not None
         reducing = not self.keeps_all(count.kept, x.shape[1])
@@ -172,26 +213,43 @@ class Plan:
         if sampling or reducing:
             tokens = self.family.leaving(tokens, self)
         skip = self.skip + sum(earlier.enter for earlier in tokens.counts[:s])
-        call = Call(tokens, x, self.prefix, self.first + s, predictor, self.grid, self.pruning.seed, skip)
+        call = Call(
+            tokens, x, self.prefix, self.first + s, predictor, self.grid, self.pruning.seed, skip, method.score
+        )  # fmt: skip
+        if sampling or reducing:
+            call = call._replace(found=method.score.find(call))
+            tokens = method.score.note(tokens, call, training)
+            call = call._replace(tokens=tokens)
         if sampling:
             scores, keep = method.score.decide(call, self.pruning.invert)
-            left = method.reduce.masked(tokens, keep, call)
+            if method.reduce.protects and s:  # what an earlier stage added stays
+                keep = torch.where(tokens.patch < 0, 1.0, keep)
+            left = method.reduce.masked(tokens, keep, call._replace(scores=scores))
         elif reducing:
             scores = method.score(call)
-            left = method.reduce(tokens, self.order(scores, count.kept), count.kept, call)
+            if method.reduce.protects and s:  # what an earlier stage added stays
+                added = tokens.patch < 0
+                scores = scores.masked_fill(added, float("-inf") if self.pruning.invert else float("inf"))
+            choice = self.choose(call._replace(scores=scores), count.kept)
+            left = method.reduce(tokens, choice.order, choice.kept, call._replace(scores=scores))
+            if method.chooses.varies:
+                left = pad(left, choice.alive)
         else:  # drawn whether needed or not, so that later draws do not depend on the ratio
             with torch.no_grad():
-                scores, left = method.score(call), tokens
+                scores, left = method.score(call._replace(found=method.score.find(call))), tokens
         if not record:
             return left
         alive = left.keep[:, : left.host.shape[1]] if sampling else None  # a fused token decides nothing
         host = left.host if method.reduce.hosts else None
-        return left.replace(record=(*left.record, Seen(scores, None if sampling else left.patch, host, alive, x)))
+        patch = None if sampling else left.patch
+        return left.replace(record=(*left.record, Seen(scores, patch, host, alive, x, left.size)))
 
     def end(self, tokens):
         """What the last block hands on: the tensor, or `Tokens` where what comes has to know which there are."""
+        method = self.pruning.method
+        tokens = method.score.look(method.reduce.rejoin(tokens, self.prefix, last=True), self.prefix, last=True)
         if tokens.record is not None and self.trace is not None:
-            self.trace.fill(tokens.record, self.first)
+            self.trace.fill(tokens.record, self.first, tokens.state)
         return tokens if self.family.keeps_tokens(tokens) else tokens.x
 
 
@@ -225,6 +283,13 @@ class Plans:
     def shares(self, decisions):
         """As `Plan.shares`."""
         return [share for plan in self.plans for share in plan.shares(decisions[plan.first :])]
+
+
+def pad(tokens, alive):
+    """`Tokens` of which alive (B, n) says which are padding; None: none is."""
+    if alive is None:
+        return tokens.replace(keep=None)
+    return tokens.replace(keep=alive.to(tokens.x.dtype), patch=tokens.patch.masked_fill(~alive, PADDING))
 
 
 def _every(x, patches):

@@ -10,6 +10,7 @@ import functools
 from dataclasses import replace
 
 from .checks import check_keep, check_keep_ratio
+from .methods.schedule import check_r
 from .methods.parts import Place
 from .record import close
 from .tokens import Tokens, check_intact
@@ -20,7 +21,7 @@ class PrunedBlock:
 
     def forward(self, x, *args, **kwargs):
         """(B, T, C) or `Tokens` → `Tokens`, or from the last block (B, P + n, C)."""
-        plan, family = self._plan, self._plan.family
+        plan, family, score = self._plan, self._plan.family, self._plan.pruning.method.score
         check_intact(x, Tokens)
         tokens = x if isinstance(x, Tokens) else plan.begin(x, self.training)
         if self._place is Place.BEFORE:
@@ -30,11 +31,13 @@ class PrunedBlock:
             moved = tokens.patch is not tokens.host  # the same object until something is removed
             arguments = family.positions(arguments, tokens.patch if moved else None, plan.prefix)
         mask = plan.mask(tokens, self._hears, self.training)
-        x = family.attend(self, tokens, mask, arguments)
-        tokens = tokens.replace(x=x, heard=None if mask is None else mask.heard)
+        x = score.gate(tokens, family.attend(self, tokens, mask, arguments), "attention")
+        tokens = tokens.replace(x=x, heard=None)
+        if mask is not None:
+            tokens = plan.listen(tokens, mask)
         if self._place is Place.BETWEEN:
             tokens = plan.stage(self._stage, tokens, self._predictor, self.training)
-        tokens = tokens.replace(x=family.transform(self, tokens, arguments))
+        tokens = tokens.replace(x=score.gate(tokens, family.transform(self, tokens, arguments), "mlp"))
         if not self._last:
             return family.wrap(tokens)
         out = plan.end(tokens)
@@ -74,14 +77,14 @@ class PrunedModel:
     def keep_ratio(self):
         """The keep ratio ρ, a float for every stage or a tuple of one a stage. Setting it checks it as `prune` does.
 
-        None while `keep` is in force.
+        None while `keep` or `r` is in force, or where tokens decide for themselves.
         """
         return self._plan.pruning.keep_ratio
 
     @keep_ratio.setter
     def keep_ratio(self, ratio):
-        pruning = self._plan.pruning
-        self._plan.adopt(replace(pruning, keep_ratio=check_keep_ratio(ratio, len(pruning.at)), keep=None))
+        pruning = _counted(self._plan.pruning, "keep_ratio", ratio)
+        self._plan.adopt(replace(pruning, keep_ratio=check_keep_ratio(ratio, len(pruning.at)), keep=None, r=None))
 
     def shares(self, decisions):
         """What a learned method trains towards: the share of the tokens to keep after each stage, of its decisions."""
@@ -94,8 +97,29 @@ class PrunedModel:
 
     @keep.setter
     def keep(self, number):
-        pruning = self._plan.pruning
+        pruning = _counted(self._plan.pruning, "keep", number)
         if number is None:
             raise TypeError("keep must be an int or a sequence of ints, got None: set keep_ratio instead")
         number = check_keep(number, [plan.patches for plan in self._plan.plans for _ in plan.pruning.at])
-        self._plan.adopt(replace(pruning, keep_ratio=None, keep=number))
+        self._plan.adopt(replace(pruning, keep_ratio=None, keep=number, r=None))
+
+    @property
+    def r(self):
+        """How many patch tokens each stage removes, as `prune` takes it; None where something else says it."""
+        return self._plan.pruning.r
+
+    @r.setter
+    def r(self, number):
+        pruning = _counted(self._plan.pruning, "r", number)
+        if number is None:
+            raise TypeError("r must be an int, a pair (int, inflection) or a list of ints, got None: set keep_ratio")
+        self._plan.adopt(replace(pruning, keep_ratio=None, keep=None, r=check_r(number, len(pruning.at))))
+
+
+def _counted(pruning, name, value):
+    """The `Pruning`; ValueError where how many tokens stay is not to be said."""
+    if not pruning.method.chooses.counted:
+        raise ValueError(
+            f"{name} must be left unset for {pruning.name}, whose tokens decide how many stay, got {value!r}"
+        )
+    return pruning

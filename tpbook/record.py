@@ -19,6 +19,7 @@ class Seen(NamedTuple):
     host: Tensor | None
     decisions: Tensor | None
     entered: Tensor
+    sizes: Tensor | None = None
 
 
 @dataclass
@@ -29,9 +30,13 @@ class Trace:
     """
 
     kept: list[Tensor] = field(default_factory=list)
-    """One (B, n_s) int64 a stage, the original patch of each surviving token, in token order; −1 for a fused token."""
+    """One (B, n_s) int64 a stage, the original patch of each surviving token, in token order; −1 for a fused token, −2
+    where an image keeps fewer than others of its batch."""
     host: list[Tensor] = field(default_factory=list)
-    """TPS, one (B, N) int64 a stage, the original patch whose token now carries each patch; itself for kept ones."""
+    """Where tokens are squeezed, merged or clustered, one (B, N) int64 a stage, the original patch whose token now carries
+    each patch; itself for kept ones."""
+    sizes: list[Tensor] = field(default_factory=list)
+    """Where tokens merge, one (B, n_s) float32 a stage, how many patches each surviving token stands for."""
     scores: list[Tensor] = field(default_factory=list)
     """One (B, n) a stage, what the choice was made on, in the token order entering the stage."""
     decisions: list[Tensor] = field(default_factory=list)
@@ -44,20 +49,29 @@ class Trace:
     """Whether no stage decided on the map that `features` are of, so that all of them count."""
     entered: list[Tensor] = field(default_factory=list)
     """One (B, n, C) a stage, the patch tokens that entered it, before any norm."""
+    state: tuple | None = None
+    """What a part of the method remembered at the end of the last map, with gradient: a NamedTuple that its file
+    describes, as `methods.avit.Halted`; None where none remembers anything."""
     grid: tuple = ()
     """(rows, columns) of the N patches of an image of the model's own size."""
     norm: object = field(default=None, repr=False)
     """What brings the tokens of `entered` to the scale of `features`: the last norm."""
 
-    def fill(self, record, first=0):
-        """Write down one `Seen` a stage, from stage `first` on; stage 0 replaces what an earlier forward left."""
+    def fill(self, record, first=0, state=None):
+        """Write down one `Seen` a stage, from stage `first` on, and what a part remembered at the end.
+
+        Stage 0 replaces what an earlier forward left.
+        """
+        self.state = state
         if not first:
             self.scores, self.kept, self.host, self.decisions, self.entered = [], [], [], [], []
+            self.sizes = []
         self.scores = self.scores + [seen.scores for seen in record]  # spelt out: the compiler follows no `getattr`
         self.kept = self.kept + [seen.kept for seen in record if seen.kept is not None]
         self.host = self.host + [seen.host for seen in record if seen.host is not None]
         self.decisions = self.decisions + [seen.decisions for seen in record if seen.decisions is not None]
         self.entered = self.entered + [seen.entered for seen in record]
+        self.sizes = self.sizes + [seen.sizes for seen in record if seen.sizes is not None]
 
 
 class Traced:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 def travels(cls):
@@ -28,7 +29,7 @@ def travels(cls):
 
     def detach(self):
         """The same, without gradient: what hooks of feature extractors do."""
-        return cls(*(item.detach() if isinstance(item, Tensor) else item for item in self))
+        return tree_map_only(Tensor, Tensor.detach, self)
 
     def register_hook(self, hook):
         """On the gradient of `x`."""
@@ -50,6 +51,20 @@ def check_intact(x, kind):
         )
 
 
+PADDING = -2  # the patch of a token that fills up an image which keeps fewer than others
+
+
+class Heard(NamedTuple):
+    """What an attention lets a method hear; None where nobody asks."""
+
+    row: Tensor | None = None
+    """(B, T) float32, how much the queries that are listened to look at each token."""
+    keys: Tensor | None = None
+    """(B, T, D), the mean over heads of the keys that enter the product."""
+    norms: Tensor | None = None
+    """(B, T) float32, ‖[v¹; …; v^H]‖ of the values of all heads together."""
+
+
 @travels
 class Tokens(NamedTuple):
     """The tokens of one forward, and what must be known of them further on."""
@@ -59,17 +74,28 @@ class Tokens(NamedTuple):
     counts: tuple
     """One `StageCount` a stage. They travel too, so that a knob that is turned meanwhile changes nothing."""
     patch: Tensor | None = None
-    """(B, n) int64, the original patch of each patch token, −1 for a fused one; None if nobody asks."""
+    """(B, n) int64, the original patch of each patch token, −1 fused, −2 padding; None if nobody asks."""
     host: Tensor | None = None
     """(B, N) int64, the original patch whose token carries each patch; None with `patch`."""
     keep: Tensor | None = None
-    """(B, n), the running keep mask D; only while a learned method trains."""
-    heard: Tensor | None = None
-    """(B, T) float32, what the last attention let a score hear; None if nobody asks."""
+    """(B, n), which tokens count: D while a learned method trains; 0 for padding where images keep different numbers."""
+    size: Tensor | None = None
+    """(B, n) float32, how many patches each token stands for, where tokens merge; None while each stands for one."""
+    state: tuple | None = None
+    """What a part of the method remembers from block to block: a NamedTuple of its own, of tensors."""
+    heard: Heard | None = None
+    """What the last attention let the method hear; None if nobody asks."""
     gone: Tensor | None = None
     """(B, N, C), each patch as it was when it was removed, zero while it stays; None unless it comes back so."""
     record: tuple | None = None
-    """One `tpbook.tracing.Seen` a stage so far; None if nobody traces."""
+    """One `tpbook.record.Seen` a stage so far; None if nobody traces."""
+
+    @property
+    def weight(self):
+        """(B, n), how much each token counts in a mean: `size`, 0 for one that does not count; None if all count 1."""
+        if self.size is None or self.keep is None:
+            return self.keep if self.size is None else self.size
+        return self.size * self.keep
 
 
 def drop(x, kept, first=0):

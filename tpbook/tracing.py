@@ -93,7 +93,8 @@ def to_grid(features, trace, fill="host", *, grid=None):
     rows, columns = trace.grid if grid is None else grid
     patches, (batch, n, channels) = rows * columns, features.shape
     every = torch.arange(patches, device=features.device).expand(batch, -1)  # (B, N)
-    kept = trace.kept[-1] if trace.kept else every  # (B, n)
+    left = trace.kept and not trace.kept[-1].shape[1] < n == patches  # else all came back, or none was removed
+    kept = trace.kept[-1] if left else every  # (B, n)
     if kept.shape != (batch, n) or kept.max() >= patches:
         raise ValueError(
             f"features must be those of the {tuple(kept.shape)} tokens that are left, on a grid of {patches} patches; "
@@ -101,22 +102,22 @@ def to_grid(features, trace, fill="host", *, grid=None):
         )
 
     def put(grid, patch, tokens):  # row N takes what has no place
-        return grid.scatter(1, (patch % (patches + 1)).unsqueeze(-1).expand_as(tokens), tokens)
+        return grid.scatter(1, patch.masked_fill(patch < 0, patches).unsqueeze(-1).expand_as(tokens), tokens)
 
     laid = put(features.new_zeros(batch, patches + 1, channels), kept, features)
-    if fill == "host":
-        if trace.kept and not trace.host:
+    if fill == "host" and left:
+        if not trace.host:
             raise ValueError("fill='host' needs a method that squeezes tokens into hosts, and the trace has none")
-        host = trace.host[-1] if trace.host else every  # (B, N)
-        laid = laid.gather(1, host.unsqueeze(-1).expand(-1, -1, channels))
+        laid = laid.gather(1, trace.host[-1].unsqueeze(-1).expand(-1, -1, channels))
     elif fill == "nearest":
         place = torch.cartesian_prod(*(torch.arange(side, device=features.device) for side in (rows, columns))).float()
-        alive = torch.zeros_like(laid[..., 0]).scatter(1, kept % (patches + 1), 1.0)[:, :patches] > 0  # (B, N)
+        alive = torch.zeros_like(laid[..., 0]).scatter(1, kept.masked_fill(kept < 0, patches), 1.0)
+        alive = alive[:, :patches] > 0  # (B, N)
         away = torch.cdist(place, place).expand(batch, -1, -1).masked_fill(~alive.unsqueeze(1), torch.inf)  # (B, N, N)
         laid = laid.gather(1, away.argmin(2).unsqueeze(-1).expand(-1, -1, channels))
     elif fill == "last_seen":
         laid = torch.zeros_like(laid)
-        for patch, tokens in zip((every, *trace.kept), trace.entered):
+        for patch, tokens in zip((every, *trace.kept) if left else (), trace.entered):
             laid = put(laid, patch, _own_forward(trace.norm, tokens).to(laid.dtype))
         laid = put(laid, kept, features)
     return laid[:, :patches].transpose(1, 2).unflatten(2, (rows, columns))

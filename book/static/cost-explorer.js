@@ -63,6 +63,7 @@ window.tpbook ??= {};
     const facts = make("p", { className: "note" });
     const method = choice("method", Object.entries(tpbook.methods).map(([name, { title }]) => [name, title]));
     const ratio = slider("keep ratio ρ", 0.05, 1, 0.05);
+    const limit = make("p", { className: "note" });
     const blocks = make("fieldset", { className: "blocks" });
 
     // ---- what they give
@@ -79,7 +80,7 @@ window.tpbook ??= {};
       make("div", { className: "controls" },
         make("fieldset", {}, make("legend", {}, "The model"),
           ...[preset, size, patch, depth, width].map((control) => control.label), facts),
-        make("fieldset", {}, make("legend", {}, "The pruning"), method.label, blocks, ratio.label)),
+        make("fieldset", {}, make("legend", {}, "The pruning"), method.label, blocks, ratio.label, limit)),
       total, legend, chart,
       make("div", { className: "tables" }, parts, stages),
       make("details", {}, make("summary", {}, "The chart as a table"), perBlock));
@@ -129,8 +130,10 @@ window.tpbook ??= {};
     function show() {
       const shape = model();
       const chosen = at();
+      const pruning = tpbook.methods[method.input.value], { title, colour, least_ratio } = pruning;
+      ratio.input.min = Math.max(0.05, least_ratio); // moves a slider that stands below
       const rho = Number(ratio.input.value);
-      const pruning = tpbook.methods[method.input.value], { title, colour } = pruning;
+      limit.textContent = least_ratio ? `${title} stops at ρ = ${least_ratio.toFixed(2)}: at least that share stays at every stage.` : "";
       const dense = tpbook.macs(shape, null);
       const pruned = tpbook.macs(shape, pruning, chosen.map(() => rho), chosen);
 

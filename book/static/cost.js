@@ -24,18 +24,21 @@ window.tpbook ??= {};
     return [BigInt(whole + part), 10n ** BigInt(part.length - Number(exponent))];
   }
 
-  // How many patch tokens enter, are kept by and leave each stage; at least one is kept.
-  //   patches: N; ratios: one ρ a stage; method: {count: {of, up}, adds}   →   [{enter, kept, leave}]
-  tpbook.counts = (patches, ratios, { count: { of, up }, adds }) => {
-    let [enter, above, below] = [patches, 1n, 1n]; // ρ₁⋯ρ_s = above / below
+  // How many patch tokens enter, are kept by and leave each stage; at least one is kept, or as many as the method has to.
+  //   patches: N; ratios: one ρ a stage; method: of `tpbook.methods`   →   [{enter, kept, leave}]
+  tpbook.counts = (patches, ratios, { count: { of, up }, adds, protects, rejoins, least, least_ratio }) => {
+    let [enter, added, above, below] = [patches, 0, 1n, 1n]; // ρ₁⋯ρ_s = above / below
     return ratios.map((ratio) => {
+      if (ratio < least_ratio) throw new RangeError(`ratios must be ${least_ratio} or more for this method, got ${ratio}`);
       const share = fraction(ratio);
       [above, below] = [above * share[0], below * share[1]];
-      const [whole, a, b] = of === "input" ? [patches, above, below] : [enter, ...share];
-      const kept = Math.max(1, Number((BigInt(whole) * a + (up ? b - 1n : 0n)) / b));
-      const leave = kept < enter ? kept + adds : kept;
-      const stage = { enter, kept, leave };
-      enter = leave;
+      const own = enter - added; // without those that an earlier stage added, and that always stay
+      const [whole, a, b] = of === "input" ? [patches, above, below] : [own, ...share];
+      const exact = Number((BigInt(whole) * a + (up ? b - 1n : 0n)) / b);
+      const kept = Math.max(Number(evaluate(least, { enter: own })), exact) + added;
+      const stage = { enter, kept, leave: kept < enter ? kept + adds : kept };
+      if (protects) added += stage.leave - kept;
+      if (!rejoins) enter = stage.leave;
       return stage;
     });
   };
@@ -66,11 +69,13 @@ window.tpbook ??= {};
     let [n, quadratic] = [patches, 0n];
     for (let block = 0; block < depth; block++) {
       const s = method ? at.indexOf(block) : -1;
-      const hears = method ? at.indexOf(block + method.before) : -1; // the stage that reads this block's attention
+      const next = block + (method?.before ?? 0); // where the stage stands that reads this block's attention
+      const hears = method?.lasting && next >= at[0] ? at.findIndex((b) => b >= next) : at.indexOf(next);
+      const heeds = works(hears) || (method?.lasting && hears >= 0 && counts.some((_, later) => later > hears && works(later)));
       const after = s < 0 ? n : counts[s].leave;
       const seen = prefix + (method?.before ? after : n); // tokens that the attention sees
       const products = cost(rules.products, { seen });
-      const heard = works(hears) ? cost(method.heard, { seen }) : 0n;
+      const heard = heeds ? cost(method.heard, { seen }) : 0n;
       quadratic += products;
       by_block.push(cost(rules.linear, { seen, left: prefix + after }) + products + heard + (stages[s] ?? 0n));
       if (heard) added[hears] += heard;

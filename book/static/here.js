@@ -32,6 +32,8 @@
 
   const here = {
     ratios,
+    methods: (set) => data.sets[set].onnx.models,
+    missing: "Methods in grey cannot run in this page: they need trained predictors, or keep another number of tokens of every image.",
     async compute({ set, image, method, ratio }) {
       const { images, onnx, shape, at, grid } = data.sets[set];
       const { tensor, shape: size } = await input(images[image].src, onnx.preparation);
@@ -56,8 +58,8 @@
     if (button.disabled) return;
     button.disabled = true;
     try {
-      const { set, method } = explorer.request;
-      await tpbook.load(base, data.sets[set].onnx.models[method], (text) => (status.textContent = `${text} …`));
+      const { set, method } = explorer.request, { models } = data.sets[set].onnx;
+      await tpbook.load(base, models[method] ?? Object.values(models)[0], (text) => (status.textContent = `${text} …`));
       button.hidden = true;
       if (document.activeElement === document.body) root.querySelector("input[type=range]").focus(); // it was on the button
       explorer.use(here);

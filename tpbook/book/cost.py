@@ -19,16 +19,16 @@ from .looks import CHOICES, LOOKS, method_of
 def rules():
     """What a page has to know: dict for JSON.
 
-    `methods`, the `rule` of each name in `CHOICES`; and what a plain ViT costs, trees: `linear` and `products` of a
-    block, in the tokens `seen` by its attention and `left` for its MLP, `width` and `hidden`; `embed` of one patch, in
-    `channels`, `patch`, `width`; `head`, in `width`, `classes`.
+    `methods`, the `rule` of each name in `CHOICES` whose tokens can be counted without an image; and what a plain ViT
+    costs, trees: `linear` and `products` of a block, in the tokens `seen` by its attention and `left` for its MLP,
+    `width` and `hidden`; `embed` of one patch, in `channels`, `patch`, `width`; `head`, in `width`, `classes`.
     """
     width, hidden, channels, patch, classes = _symbols("width hidden channels patch classes")
     seen, left = _symbols("seen left")
     # a plain ViT: q, k, v and the output are C → C each
     linear, products, _ = block_macs(seen, left, None, 4 * width**2, width, 2 * width * hidden)
     return {
-        "methods": {name: rule(method_of(name), LOOKS[name]) for name in CHOICES},
+        "methods": {name: rule(method_of(name), LOOKS[name]) for name in CHOICES if not method_of(name).chooses.varies},
         "linear": tree(linear), "products": tree(products),
         "embed": tree(channels * patch**2 * width), "head": tree(width * classes),
     }  # fmt: skip
@@ -37,21 +37,25 @@ def rules():
 def rule(method, look):
     """What a page has to know of a `Method` and its `Look`: dict for JSON.
 
-    Beside look, names of parts, and `gone` and `hosts` as in `tpbook.methods.parts.Reduce`:
+    Beside look, names of parts, and `gone`, `hosts`, `adds`, `protects`, `rejoins` and `least_ratio` as in
+    `tpbook.methods.parts.Reduce`:
 
-    - `count`: whether the share is `of` the "input" or of the "current" tokens, and is rounded `up`; `adds`, how many
-      tokens more leave a stage that keeps fewer than enter;
+    - `count`: whether the share is `of` the "input" or of the "current" tokens, and is rounded `up`; `least`, how many
+      it has to leave of those that enter, a tree in `enter`;
     - `before`: whether the stage stands before its block, so that the block's attention sees what leaves it;
     - `macs`: what scoring and reducing cost, a tree in `enter`, `kept`, `width`;
     - `heard`: what the rows of QKᵀ cost that are read besides, a tree in `seen`, `width`, of the stage's block, or of
-      the one before it where the stage stands before.
+      the one before it where the stage stands before; `lasting`, whether also of the blocks from the first of these to
+      the last.
     """
     enter, kept, width, seen = _symbols("enter kept width seen")
     score, reduce = method.score, method.reduce
     return {
         "title": look.title, "colour": look.colour, "gone": reduce.gone, "hosts": reduce.hosts,
         "score": score.name, "reduce": reduce.name, "place": str(method.place),
-        "count": {"name": method.count.name, "of": method.count.of, "up": method.count.up}, "adds": reduce.adds,
+        "count": {"name": method.count.name, "of": method.count.of, "up": method.count.up},
+        "adds": reduce.adds, "protects": reduce.protects, "rejoins": reduce.rejoins, "lasting": score.lasting,
+        "least": tree(reduce.least(enter)), "least_ratio": reduce.least_ratio,
         "before": method.place is Place.BEFORE,
         "macs": tree(score.macs(enter, width) + reduce.macs(enter, kept, width)),
         "heard": tree(block_macs(seen, seen, method.queries, 0, width, 0)[2]),

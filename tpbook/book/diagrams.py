@@ -10,9 +10,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from ..methods import METHODS
+from ..methods import METHODS, token_counts
+from ..methods.choosing import TopK
 from ..methods.parts import Call, Place
-from ..tokens import Tokens
+from ..tokens import Heard, Tokens
 from .plots import COLOURS
 
 # (8, 3): sky, sky, bird, bird, sky, grass, grass, sky
@@ -21,12 +22,12 @@ TOKENS = torch.tensor(
      [0.55, 0.78, 0.95], [0.35, 0.65, 0.30], [0.40, 0.70, 0.35], [0.50, 0.75, 0.92]]
 )  # fmt: skip
 SCORES = torch.tensor([0.10, 0.05, 0.24, 0.30, 0.04, 0.12, 0.06, 0.03])  # of attention; the class token has the rest
-KEEP = 4
+TALL = 1.32  # of the bar of the highest score
 MASKED = "no score: chance, anew for each image", "4 of 8 are visible", "the others are hidden: not there"
 
 
 def stage(method):
-    """Draw one stage at ρ = 0.5.
+    """Draw one stage at ρ = 0.5; at 0.7 where a method cannot go below that, at 1 where the image decides how many stay.
 
     Args:
         method: a name in `METHODS`, or "masked" for masked fine-tuning, which hides before block 0 as `random` drops.
@@ -36,12 +37,13 @@ def stage(method):
     """
     masked = method == "masked"
     how, colour = METHODS["random" if masked else method], COLOURS.get(method, COLOURS["random"])
-    say = MASKED if masked else (how.score.words, f"keep {KEEP} of 8, ρ = 0.5", how.reduce.words)
-    chance = how.score.drawn
-    scores = torch.full((8,), 1 / 8) if chance else SCORES
-    kept = torch.tensor([1, 3, 4, 6]) if chance else scores.topk(KEEP).indices.sort().values
-    others = torch.tensor([i for i in range(8) if i not in kept])
-    after, host = reduced(how, torch.cat([kept, others]), scores)
+    counted = how.chooses.counted
+    ratio = 1 if how.chooses.varies and counted else 0.7 if how.reduce.least_ratio else 0.5
+    call, kept, others = choice(how, ratio)
+    after, host = reduced(how, torch.cat([kept, others]), len(kept), call)
+    known = f": {how.chooses.words}" if how.chooses.words else ""
+    line = f"keep {len(kept)} of 8, ρ = {ratio}{known}" if counted else f"{how.chooses.words}, here {len(kept)} of 8"
+    say = MASKED if masked else (how.score.words, line, how.reduce.words)
 
     figure, ax = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
     ax.set(xlim=(-0.7, 9.7), ylim=(-0.9, 8.5), aspect="equal")
@@ -49,14 +51,21 @@ def stage(method):
     _place(ax, how.place is Place.BEFORE, colour, "in training only, before block 0" if masked else "here")
     _row(ax, 5.6, range(8), TOKENS)
     ax.text(-0.45, 4.9, say[0], fontsize=10)
-    for i, score in enumerate(scores.tolist()):
-        ax.add_patch(Rectangle((i + 0.85, 3.35), 0.5, 4.4 * score, color=colour, alpha=1 if i in kept else 0.35))
+    for i, tall in enumerate(_heights(call.scores[0])):
+        if tall is None:
+            ax.text(i + 1.1, 3.45, "∞", ha="center", fontsize=11, color=colour)
+        else:
+            ax.add_patch(Rectangle((i + 0.85, 3.35), 0.5, tall, color=colour, alpha=1 if i in kept else 0.35))
     ax.text(-0.45, 2.75, say[1], fontsize=10)
     _row(ax, 1.9, range(8), TOKENS, faint=others.tolist(), outline=(kept.tolist(), colour))
     ax.text(-0.45, -0.75, say[2], fontsize=10)
     places = kept.tolist() + [8] * how.reduce.adds
     _row(ax, 0.2, places, after, outline=(places, colour), names=[*(kept + 1).tolist(), "Σ"])
-    ends = host[others].tolist() if how.reduce.hosts else [8] * KEEP * how.reduce.adds
+    if how.reduce.rejoins:
+        for i in others.tolist():
+            ax.text(i + 1.1, 0.54, how.reduce.gone, ha="center", va="center", fontsize=7, color=colour)
+        return figure
+    ends = host[others].tolist() if how.reduce.hosts else [8] * len(others) * how.reduce.adds
     for i, end in zip(others.tolist(), ends):
         ax.annotate("", (end + 1.1, 0.95), (i + 1.1, 1.8), arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3})
     if not ends:
@@ -65,17 +74,47 @@ def stage(method):
     return figure
 
 
-def reduced(method, order, scores):
-    """What a method makes of `TOKENS`, those to keep first in `order` (8,), where the attention is `scores` (8,).
+def choice(method, ratio):
+    """Which of `TOKENS` a method keeps where the attention to them is `SCORES`, and keys and values are their colours.
 
     Returns:
-        (KEEP + `adds`, 3) tokens, and (8,) the token that carries each.
+        The `Call` of the stage with its scores, and the tokens that are kept and the others, each in their order: (k,),
+        (8 − k,). Of what is drawn or learned the scores are made up.
     """
-    every = torch.arange(8).unsqueeze(0)
-    tokens = Tokens(TOKENS.unsqueeze(0), (), every, every, heard=scores.unsqueeze(0))
-    call = Call(tokens, tokens.x, prefix=0, stage=0, predictor=None, grid=(1, 8), seed=None, skip=0)
-    left = method.reduce(tokens, order.unsqueeze(0), KEEP, call)
-    return left.x[0], left.host[0]
+    x, every = torch.cat([torch.zeros(1, 3), TOKENS]).unsqueeze(0), torch.arange(8).unsqueeze(0)  # the class token first
+    row = torch.cat([1 - SCORES.sum(dim=0, keepdim=True), SCORES]).unsqueeze(0)
+    tokens = Tokens(x, (), every, every, heard=Heard(row, x, x.norm(dim=2)))
+    score = method.score
+    if score.lasting:
+        tokens = score.follow(tokens, 1)
+    call = Call(tokens, x[:, 1:], prefix=1, stage=0, predictor=None, grid=(1, 8), seed=None, skip=0, score=score)
+    learned = score.learned or not method.chooses.counted
+    call = call if learned else call._replace(found=score.find(call))
+    [(_, keep, _)] = token_counts(8, [ratio], method)
+    if score.drawn:
+        return call._replace(scores=torch.full((1, 8), 1 / 8)), torch.tensor([1, 3, 4, 6]), torch.tensor([0, 2, 5, 7])
+    call = call._replace(scores=SCORES.unsqueeze(0) if learned else score(call))
+    chooses = method.chooses if method.chooses.counted else TopK()  # a threshold between those of SCORES
+    chosen = chooses(call, keep, lambda scores, k, others=False: scores.topk(8 if others else k).indices, True)
+    kept = chosen.order[0, : chosen.kept].sort().values
+    return call, kept, torch.tensor([i for i in range(8) if i not in kept])
+
+
+def reduced(method, order, kept, call):
+    """What a method makes of `TOKENS`, those to keep first in `order` (8,).
+
+    Returns:
+        (kept + `adds`, 3) tokens, and (8,) the token that carries each.
+    """
+    left = method.reduce(call.tokens, order.unsqueeze(0), kept, call)
+    return left.x[0, 1:], left.host[0]
+
+
+def _heights(scores):
+    """Of bars for scores (8,), list of float, the highest `TALL`; None for a score that is infinite."""
+    finite = scores[scores.isfinite()]
+    low = finite.min().clamp(max=0)
+    return [TALL * float((s - low) / (finite.max() - low)) if s.isfinite() else None for s in scores]
 
 
 def _place(ax, before, colour, word):

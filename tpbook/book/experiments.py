@@ -113,3 +113,23 @@ def right_when_pruned(model, images, labels, method, keep_ratio, seeds, **option
         left = 100 * flops.closed_form(model).total / whole
         unprune(model)
     return np.array(found), left
+
+
+def at_cost(model, method, macs, **options):
+    """The keep ratio at which a method costs as nearly so many MACs as whole hundredths allow.
+
+    Args:
+        model: not pruned, and not pruned after.
+        method, **options: as for `tpbook.prune`; how many tokens it keeps must not depend on the image.
+        macs: of one image.
+
+    Returns:
+        ρ, from 0.05 on, or from the least that the method can.
+    """
+    prune(model, method, keep_ratio=1.0, **options)
+    least, found = max(0.05, model.pruning.method.reduce.least_ratio), {}
+    for ratio in (hundredth / 100 for hundredth in range(round(100 * least), 101)):
+        model.keep_ratio = ratio
+        found[ratio] = flops.closed_form(model).total
+    unprune(model)
+    return min(found, key=lambda ratio: abs(found[ratio] - macs))

@@ -18,19 +18,26 @@ class Look(NamedTuple):
     mark: str  # of matplotlib
 
 
-# Okabe and Ito's palette, told apart by colour-blind readers; the marks tell them apart in grey
+# Okabe and Ito's palette, and others as far from it and from one another as colour-blind readers need; the marks tell
+# them apart in grey
 _OWN = {
     "dense": Look("dense", "#000000", "D"), "random": Look("random", "#666666", "o"),
     "dynamicvit": Look("DynamicViT", "#0072B2", "s"), "evit": Look("EViT", "#D55E00", "^"),
     "evit, no fusion": Look("EViT, no fusion", "#E69F00", "v"), "dtps": Look("dTPS", "#56B4E9", "P"),
     "etps": Look("eTPS", "#009E73", "X"), "topk": Look("Top-K", "#CC79A7", "*"),
+    "tome": Look("ToMe", "#7A33FF", "<"), "ats": Look("ATS", "#C3003C", ">"),
+    "dpcknn": Look("DPC-KNN", "#7A3B00", "d"), "evovit": Look("Evo-ViT", "#1A2C80", "8"),
+    "avit": Look("A-ViT", "#77EEFF", "p"), "adavit": Look("AdaViT", "#AAEE77", "h"),
+    "ia_red2": Look("IA-RED²", "#441100", "H"),
 }  # fmt: skip
-_OTHERS = (("#F0E442", "p"), ("#882255", "h"))  # for methods that are added, under their own name
+_OTHERS = (("#F0E442", "P"), ("#DDDDCC", "D"))  # for methods that are added, under their own name
 _VARIANTS = {"evit": {"evit, no fusion": {"fuse": False}}}  # method → what is shown beside it, by options of `prune`
 
 
 def _choices():
     for name, method in METHODS.items():
+        if not method.chooses.counted:  # a keep ratio says nothing to it
+            continue
         yield name, (name, {"seed": 0} if method.score.drawn else {})
         for variant, options in _VARIANTS.get(name, {}).items():
             yield variant, (name, options)
@@ -38,14 +45,14 @@ def _choices():
 
 def _looks():
     others = cycle(_OTHERS)
-    for name in ("dense", *CHOICES):
+    for name in dict.fromkeys(("dense", *CHOICES, *METHODS)):
         yield name, _OWN[name] if name in _OWN else Look(name, *next(others))
 
 
 CHOICES = dict(_choices())
 """How an explorer calls a method → the method, and options of `tpbook.prune`."""
 LOOKS = dict(_looks())
-"""The same names, and "dense" → `Look`."""
+"""The same names, those of the other methods, and "dense" → `Look`."""
 
 
 def method_of(choice):

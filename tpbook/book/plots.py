@@ -48,25 +48,27 @@ def image_of(x, mean, std):
     return np.broadcast_to(x, (*x.shape[:2], 3)).clip(0, 1)
 
 
-def examples(model, profile):
+def examples(model, profile, chosen=None):
     """A few images to draw: digits, or photographs whose licence lets them be shown.
 
     Args:
         model: a timm model, for its input size and normalisation.
         profile: "digits" or "imagenette".
+        chosen: which, by their numbers in the profile's test images; None takes four that are always the same.
 
     Returns:
         (n, C, H, W) tensor for the model, list of (H, W, 3) arrays to draw, list of captions, credits in Markdown.
     """
     if profile == "digits":
         test = data.digits("test")
-        chosen = [int((test.labels == label).nonzero()[3]) for label in (3, 5, 8, 2)]
+        chosen = chosen or [int((test.labels == label).nonzero()[3]) for label in (3, 5, 8, 2)]
         x, (mean, std) = test.images[chosen], ([data.MEAN], [data.STD])
         captions = [f"a {int(test.labels[i])}" for i in chosen]
         credits = "Digits of scikit-learn's digits set, on this book's own canvases."
     else:
         pictures = data.nips2017_dev(data.eval_transform(model))
-        chosen, (mean, std) = [7, 175, 283, 883], (model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+        chosen = chosen or [7, 175, 283, 883]
+        mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
         x, captions = torch.stack([pictures[i][0] for i in chosen]), [data.class_name(pictures[i][1]) for i in chosen]
         rows, files = data.attribution(), [Path(pictures.samples[i][0]) for i in chosen]
         rows = [rows[f"{file.parent.name}/{file.name}"] for file in files]

@@ -51,20 +51,36 @@ def _logits(model, x):
     return logits[0]
 
 
-def cost_of(model):
-    """Tokens that leave each block (prefix tokens included) and MACs of each block of a pruned model: dict for JSON."""
-    family = family_of(model)
+@torch.inference_mode()
+def cost_of(model, x=None):
+    """Tokens that leave each block (prefix tokens included) and MACs of each block of a pruned model: dict for JSON.
+
+    Args:
+        model: a pruned model in eval mode.
+        x: (1, C, H, W), looked at where the image decides how many tokens are kept.
+
+    Raises:
+        ValueError: `x` is needed, and not given.
+    """
+    family, varies = family_of(model), model.pruning.method.chooses.varies
     n, prefix, tokens = math.prod(family.grid(model)), family.prefix(model), []
-    stages = dict(zip(model.pruning.at, model.pruning.counts(n)))
+    if varies and x is not None:
+        with trace(model) as t:
+            model(x)
+        leave = [kept.shape[1] for kept in t.kept]
+    else:
+        leave = [] if varies else [count.leave for count in model.pruning.counts(n)]
+    cost = _cost(model, x if varies else None)  # refuses before the counts are used
+    left = dict(zip(model.pruning.at, leave))
     for i in range(len(family.blocks(model))):
-        n = stages[i].leave if i in stages else n
+        n = left.get(i, n)
         tokens.append(n + prefix)
-    return {"tokens": tokens, **_cost(model)}
+    return {"tokens": tokens, **cost}
 
 
-def _cost(model):
+def _cost(model, x=None):
     try:
-        cost = flops.closed_form(model)
+        cost = flops.closed_form(model) if x is None else flops.closed_form(model, x)[0]
     except TypeError:  # a patch embedding or blocks that the closed form does not know
         return {"macs": None, "total": None}
     return {"macs": list(cost.by_block), "total": cost.total}
@@ -123,5 +139,8 @@ def front(method="evit", keep_ratio=0.7):
     methods = {}
     for name in CHOICES:
         reduce, look = method_of(name).reduce, LOOKS[name]
-        methods[name] = {"title": look.title, "colour": look.colour, "gone": reduce.gone, "hosts": reduce.hosts}
+        methods[name] = {
+            "title": look.title, "colour": look.colour, "gone": reduce.gone, "hosts": reduce.hosts,
+            "rejoins": reduce.rejoins, "least_ratio": reduce.least_ratio,
+        }  # fmt: skip
     return {"methods": methods, "start": {"method": method, "ratio": keep_ratio}}

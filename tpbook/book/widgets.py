@@ -92,7 +92,7 @@ class Explorer(anywidget.AnyWidget):
         begun = time.perf_counter()
         shown = state(model, self.inputs[image])
         speed = f"{1000 * (time.perf_counter() - begun):.0f} ms for this forward."
-        return {**shown, **cost_of(model), "speed": speed}
+        return {**shown, **cost_of(model, self.inputs[image]), "speed": speed}
 
     def answer(self, _, question, buffers):
         """A message of the front end → a message back, with the question's id; mistakes are answered in words."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.models import beit
 
 from ..attention import AttentionMask
-from .family import dropped_as_mean
+from .family import mean_as_weighed
 from .timm_vit import PrunedTimm, TimmViT
 
 
@@ -58,7 +58,7 @@ class Beit(TimmViT):
         return x + block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
 
     def hand_on(self, tokens, plan):
-        return dropped_as_mean(tokens, plan.prefix)  # `forward_head` knows no mean but that of all
+        return mean_as_weighed(tokens, plan.prefix)  # `forward_head` knows no mean but that of all
 
     # ---- cost
 
@@ -118,6 +118,7 @@ def attend(attention, x, bias, mask):
         x = mask.attend(q, k, v, dropout_p=attention.attn_drop.p if attention.training else 0.0, bias=bias)
     else:
         logits = (q * attention.scale) @ k.transpose(-2, -1)  # (B, H, T, T)
+        mask.listen(k, v)
         logits = mask.add_to(logits if bias is None else logits + bias)
         x = attention.attn_drop(logits.softmax(dim=-1)) @ v
     return attention.proj_drop(attention.proj(x.transpose(1, 2).flatten(2)))

@@ -71,6 +71,15 @@ class Costed:
         """(module of the attention, width of all its heads together)."""
         return block.attn, block.attn.num_heads * block.attn.head_dim
 
+    def heads(self, block):
+        """H."""
+        return self.attention(block)[1] // self.head_dim(block)
+
+    def head_dim(self, block):
+        """D, of one head."""
+        attention, width = self.attention(block)
+        return width // attention.num_heads
+
     def mlp(self, block):
         """The module of the MLP."""
         return block.mlp

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..checks import default_at
 from ..mixing import enter, leave
+from ..methods.parts import Place
 from ..plan import Plan, Plans
 from ..pruned import PrunedBlock
 from ..record import Traced
@@ -81,7 +82,8 @@ class Family(Costed):
 
     def default_at(self, model, method):
         """The blocks that a `Method` prunes unless others are named."""
-        return default_at(len(self.blocks(model)))
+        first = method.hears and method.place is Place.BEFORE  # which hears the block before
+        return tuple(i for i in default_at(len(self.blocks(model))) if i >= first)
 
     def patches(self, model, at):
         """How many patch tokens there are before each stage if none before it removed any: N, one a stage."""
@@ -102,7 +104,9 @@ class Family(Costed):
         predictors = [None] * len(pruning.at)
         if pruning.method.score.learned:
             dd, widths = get_device_dtype(model), [s.width for i in pruning.at for s in pruned if i in s.indices]
-            predictors = nn.ModuleList(pruning.method.score.build(width, **dd) for width in widths)
+            score, blocks = pruning.method.score, self.blocks(model)
+            more = [{"heads": self.heads(blocks[i])} if score.counts_heads else {} for i in pruning.at]
+            predictors = nn.ModuleList(score.build(width, **also, **dd) for width, also in zip(widths, more))
             predictors.apply(init_weights_vit_timm)
             model.score_predictor = predictors.train(model.training)
         for segment, plan in zip(pruned, plans):
@@ -151,8 +155,8 @@ class Family(Costed):
         """Whether the first token is a class token."""
         raise NotImplementedError
 
-    def trains_learned(self, model):
-        """Why a learned score cannot train on this model, a sentence; or None."""
+    def pools_unmasked(self, model):
+        """What this model is, where its pool cannot leave tokens out that are there; or None."""
         return None
 
     def places(self, model):
@@ -186,7 +190,7 @@ class Family(Costed):
         return arguments
 
     positioned = False  # whether `positions` needs `patch`
-    pools_tokens = False  # whether, while a learned method trains, the last block hands `Tokens` on to the model's pool
+    pools_tokens = False  # whether the last block hands `Tokens` on to the model's pool where they have weights
 
     def leaving(self, tokens, plan):
         """`Tokens` that enter a stage which will remove some: what has to be remembered of those."""
@@ -194,7 +198,7 @@ class Family(Costed):
 
     def keeps_tokens(self, tokens):
         """Whether what comes after the last block has to know which tokens there are: then it gets `Tokens`."""
-        return self.pools_tokens and tokens.keep is not None
+        return self.pools_tokens and tokens.weight is not None
 
     def wrap(self, y):
         """What the library's loop expects of a block."""
@@ -253,9 +257,20 @@ def _prune(segment, plan, predictors):
         enter(segment.norm, Traced, _plan=plan)
 
 
-def dropped_as_mean(tokens, prefix):
-    """`Tokens` → (B, P + n, C), where the rows of dropped tokens are the mean of the others."""
-    return torch.cat([tokens.x[:, :prefix], mean_elsewhere(tokens.x[:, prefix:], tokens.keep)], dim=1)
+def mean_as_weighed(tokens, prefix):
+    """`Tokens` → (B, P + n, C), whose rows have the mean that those of `tokens` have by their weight.
+
+    For models that average their patches and ask nobody how much each counts. Where tokens only count or not, those
+    that count stay as they are; where they have merged, all are shifted alike.
+    """
+    x, keep = tokens.x[:, prefix:], tokens.keep
+    if tokens.size is not None:
+        weight = tokens.weight.unsqueeze(-1)  # (B, n, 1)
+        wanted = (x.float() * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True)
+        x = x + (wanted - x.float().mean(dim=1, keepdim=True)).to(x.dtype)
+    else:
+        x = mean_elsewhere(x, keep)
+    return torch.cat([tokens.x[:, :prefix], x], dim=1)
 
 
 def mean_elsewhere(x, keep):

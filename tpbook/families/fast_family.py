@@ -81,6 +81,8 @@ class FastPath(Family):
                 f"method must be one of {there}, with its own score, on a {self.name}: the fast path takes a learned "
                 f"score and moves no token, got {pruning.name!r} with score={pruning.method.score.name!r}"
             )
+        if pruning.r is not None:
+            return f"r must be left unset on a {self.name}, none of whose positions go: use keep_ratio, got {pruning.r!r}"
         try:
             FastPruning(**vars(pruning))
         except ValueError as why:
@@ -194,7 +196,8 @@ def weights(module):
 def _fits(method):
     """Whether a method only says which positions count: it learns a score, and drops."""
     reduce = method.reduce
-    return method.score.learned and method.place is Place.BEFORE and not (reduce.hosts or reduce.adds)
+    counted = method.chooses.counted
+    return counted and method.score.learned and method.place is Place.BEFORE and not (reduce.hosts or reduce.adds)
 
 
 def _start(module):

@@ -15,7 +15,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..attention import heard
 from .costs import convolved, linear_macs, prepared_size
 from .family import Segment
 from .grid import Grid, from_map, heads, run, to_map
@@ -78,7 +77,7 @@ class CvT(Grid):
             (attn.projection_query, q), (attn.projection_key, k), (attn.projection_value, v)))  # fmt: skip
         if mask is not None and mask.queries is not None:
             own = torch.cat([first, from_map(_at_every_place(attn, whole), tokens)], dim=1)
-            mask.heard = heard(q[:, :, :1], heads(attn.projection_key(own), attn.num_heads), attn.scale)
+            mask.hear(q, heads(attn.projection_key(own), attn.num_heads), v, attn.scale)
         dropout = attn.dropout.p if attn.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale).transpose(1, 2).flatten(2)
         return attention.output(y, None)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..pruned import PrunedModel
 from .costs import linear_macs
-from .family import Family, dropped_as_mean
+from .family import Family, mean_as_weighed
 
 
 class Layer(NamedTuple):
@@ -142,13 +142,13 @@ class HuggingFace(Family):
     def has_class_token(self, model):
         return self.prefix(model) > 0
 
-    def trains_learned(self, model):
+    def pools_unmasked(self, model):
         if getattr(model, "use_head", False):  # SigLIP's own; a classifier does not read it
-            return f"a learned score cannot train on {type(model).__name__}, whose attention pool takes no mask"
+            return f"{type(model).__name__}, whose attention pool takes no mask"
         return None
 
     def hand_on(self, tokens, plan):
-        return dropped_as_mean(tokens, plan.prefix)
+        return mean_as_weighed(tokens, plan.prefix)
 
     # ---- a layer
 
@@ -208,6 +208,9 @@ class HuggingFace(Family):
     def attention(self, block):
         attention = getattr(block, _row(LAYERS, block).attention)
         return attention, attention.q_proj.out_features
+
+    def head_dim(self, block):
+        return self.attention(block)[0].head_dim
 
     def head_macs(self, model, n):
         tower = self.tower(model)

@@ -3,11 +3,8 @@
 Where nobody hears and nothing is hidden the module runs itself; else its weights run here.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import nn
-
-from ..attention import heard
 
 
 def attend(attention, x, mask):
@@ -33,10 +30,8 @@ def attend(attention, x, mask):
         .unflatten(-1, (3, attention.num_heads, attention.head_dim))
         .permute(2, 0, 3, 1, 4)
     )  # (B, H, T, D) each
-    if not mask.graph:  # somebody looks, and no token goes: that changes no output
-        with torch.no_grad():
-            asking = q[:, :, :1] if mask.queries == "class" else q
-            mask.heard = heard(asking, k, attention.head_dim**-0.5)
+    if mask.only_looks:  # somebody looks, and no token goes: that changes no output
+        mask.hear(q, k, v, attention.head_dim**-0.5)
         return attention(x, x, x, need_weights=False)[0]
     dropout = attention.dropout if attention.training else 0.0
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, T, D)

@@ -13,7 +13,7 @@ from open_clip.transformer import Attention, CustomResidualAttentionBlock, Resid
 
 from ..pruned import PrunedModel
 from .costs import linear_macs
-from .family import Family, dropped_as_mean
+from .family import Family, mean_as_weighed
 from .multihead import attend, unknown
 from .wrapper import Wrapper
 
@@ -76,13 +76,13 @@ class OpenClipTower(Family):
     def has_class_token(self, model):
         return True
 
-    def trains_learned(self, model):
+    def pools_unmasked(self, model):
         if model.attn_pool is not None:
-            return "a learned score cannot train on a tower with attentional_pool, whose pool takes no mask"
+            return "a tower with attentional_pool, whose pool takes no mask"
         return None
 
     def hand_on(self, tokens, plan):
-        return dropped_as_mean(tokens, plan.prefix)
+        return mean_as_weighed(tokens, plan.prefix)
 
     # ---- a block
 

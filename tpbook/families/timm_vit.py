@@ -25,8 +25,8 @@ class PrunedTimm(PrunedModel):
     def forward_features(self, images, attn_mask=None, is_causal=False, **kwargs):
         """timm's `forward_features` with tokens removed: (B, in_chans, H, W) → (B, P + n, C).
 
-        While a learned method trains a model that pools its patches, `Tokens`: `forward_head` reads from them which
-        count.
+        Of a model that pools its patches `Tokens`, while a learned method trains, where tokens merged, and where images
+        keep different numbers: `forward_head` reads from them how much each counts.
 
         Raises:
             ValueError: `attn_mask` or `is_causal` is given (a mask over tokens that get removed has no meaning), or
@@ -55,7 +55,7 @@ class PrunedViT(PrunedTimm):
     """The same of a `VisionTransformer`, which has a method that pools."""
 
     def pool(self, x, pool_type=None):
-        """timm's `pool`; while a learned method trains, tokens it decided to drop do not enter the pool."""
+        """timm's `pool`; tokens enter it by their weight (`pool_kept`)."""
         if not isinstance(x, Tokens):
             return super().pool(x, pool_type)
         pool_type = self.global_pool if pool_type is None else pool_type
@@ -63,10 +63,10 @@ class PrunedViT(PrunedTimm):
 
 
 def pool_kept(tokens, pool_type, include_prefix=False, attn_pool=None):
-    """A pool that tokens with D = 0 do not enter, while a learned method trains.
+    """A pool that tokens enter by their weight: not at all where D = 0, as often as the patches they stand for.
 
     Args:
-        tokens: `Tokens`, x (B, P + n, C) and D = keep (B, n).
+        tokens: `Tokens`, x (B, P + n, C), with weights (B, n).
         pool_type: "token", "avg", "max", "avgmax", or "" for none.
         include_prefix: whether the first P tokens enter it.
         attn_pool: a module that pools by attention and takes an `attn_mask`, whatever the `pool_type`; or None.
@@ -74,7 +74,7 @@ def pool_kept(tokens, pool_type, include_prefix=False, attn_pool=None):
     Returns:
         (B, C).
     """
-    x, keep = tokens.x, tokens.keep
+    x, keep = tokens.x, tokens.weight
     prefix = x.shape[1] - keep.shape[1]
     if attn_pool is None and pool_type in ("token", ""):
         return x[:, 0] if pool_type else x
@@ -123,9 +123,9 @@ class TimmViT(Family):
             return "score='static' needs every patch in its place: build the model with patch_drop_rate=0"
         return None
 
-    def trains_learned(self, model):
+    def pools_unmasked(self, model):
         if model.global_pool == "prr":
-            return "a learned score cannot train on a model with global_pool='prr', whose pool takes no mask"
+            return "a model with global_pool='prr', whose pool takes no mask"
         return None
 
     def check_block(self, block):

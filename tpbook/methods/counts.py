@@ -1,7 +1,7 @@
-"""How many tokens a stage keeps: two rules, in exact decimal arithmetic.
+"""How many tokens a stage keeps: three rules, in exact decimal arithmetic.
 
 `floor` (DynamicViT, dTPS, random) keeps ⌊ρ₁⋯ρ_s·N⌋ of the N patches at the input, `ceil` (EViT, eTPS) ⌈ρ_s·n⌉ of the n
-tokens that enter the stage. ρ_s = r_s / b is a quotient of whole numbers, so 100 · 0.7² keeps 49 and ⌈0.55 · 100⌉ keeps
+tokens that enter the stage, `floor_entering` (Evo-ViT) ⌊ρ_s·n⌋ of them. ρ_s = r_s / b is a quotient of whole numbers, so 100 · 0.7² keeps 49 and ⌈0.55 · 100⌉ keeps
 55, though in floats both come out wrong. The rules take Python's ints, and int64 tensors where a graph is exported.
 
 Chapter: :doc:`/book/where-the-cost-is`
@@ -51,7 +51,17 @@ class Ceil(CountRule):
         return state, (n * part + (base - 1)) // base
 
 
-COUNTS = {rule.name: rule for rule in (Floor(), Ceil())}
+class FloorEntering(Ceil):
+    """⌊ρ_s·n⌋."""
+
+    name, up = "floor_entering", False
+
+    def step(self, state, n, part, base):
+        """n tokens and ρ_s = part / base → the next state, and how many are kept."""
+        return state, n * part // base
+
+
+COUNTS = {rule.name: rule for rule in (Floor(), Ceil(), FloorEntering())}
 
 
 class StageCount(NamedTuple):
@@ -66,25 +76,43 @@ class Wish(int):
     """A number of tokens to keep, in the place of a keep ratio."""
 
 
+class Fewer(int):
+    """A number of tokens to remove, in the place of a keep ratio."""
+
+
 def token_counts(patches, keep_ratios, method):
     """How many patch tokens enter, are kept by and leave each stage.
 
     Args:
         patches: N, patch tokens at the input (196 for 224/16); prefix tokens are never counted.
         keep_ratios: one a stage: ρ ≤ 1 relative to the tokens entering that stage (a float stands for the decimal that
-            it prints as, a `Fraction` for itself), or a `Wish`, how many to keep.
+            it prints as, a `Fraction` for itself), or a `Wish`, how many to keep, or `Fewer`, how many to remove.
         method: a `Method`.
 
     Returns:
         list of `StageCount`, one a stage.
 
+    Raises:
+        ValueError: a stage would have to leave fewer tokens than the method can.
+
     Warns:
-        UserWarning: a ratio is so small that its stage would keep no token; it keeps one.
+        UserWarning: a ratio is so small that its stage would keep no token, and keeps one; or a stage removes fewer
+            tokens than a `Fewer` says, since that is all the method can.
     """
-    counts = []
-    for ratio, exact, count in zip(keep_ratios, *_stages(patches, keep_ratios, method)):
-        if exact < 1:
-            warnings.warn(f"keep_ratio={ratio} would keep none of {count.enter} tokens; one is kept", stacklevel=2)
+    counts, reduce = [], method.reduce
+    for s, (ratio, exact, count) in enumerate(zip(keep_ratios, *_stages(patches, keep_ratios, method))):
+        n, least = count.enter, reduce.least(count.enter)
+        if isinstance(ratio, Fewer):
+            if exact < least:
+                warnings.warn(f"r={int(ratio)} at stage {s}: at most {n - least} of {n} tokens can go", stacklevel=2)
+        elif isinstance(ratio, Wish) and exact < least or not isinstance(ratio, Wish) and ratio < reduce.least_ratio:
+            name = "keep" if isinstance(ratio, Wish) else "keep_ratio"
+            raise ValueError(
+                f"{name} must leave half of the tokens at every stage, since only those of one half {reduce.gone} "
+                f"others; stage {s} gets {n}, so at least {least} stay, got {name}={ratio!r}"
+            )
+        elif exact < 1:
+            warnings.warn(f"keep_ratio={ratio} would keep none of {n} tokens; one is kept", stacklevel=2)
         counts.append(count)
     return counts
 
@@ -95,19 +123,20 @@ def quiet_counts(patches, keep_ratios, method):
 
 
 def _stages(patches, keep_ratios, method):
-    """What the rule says to keep, which may be none, and the counts, with one kept at least: a list each."""
-    ratios = [Fraction(1) if isinstance(ratio, Wish) else Fraction(str(ratio)) for ratio in keep_ratios]
-    base = math.lcm(*(ratio.denominator for ratio in ratios))
-    rule, n = method.count, patches
+    """What the rule says to keep, which may be too few, and the counts, with those that have to stay: a list each."""
+    exactly = [Fraction(1) if isinstance(ratio, (Wish, Fewer)) else Fraction(str(ratio)) for ratio in keep_ratios]
+    base = math.lcm(*(ratio.denominator for ratio in exactly))
+    rule, reduce, n, added = method.count, method.reduce, patches, 0
     state, said, counts = rule.start(patches), [], []
-    for ratio, wished in zip(ratios, keep_ratios):
-        state, exact = rule.step(state, n, ratio.numerator * (base // ratio.denominator), base)
-        if isinstance(wished, Wish):
-            exact = min(int(wished), n)
+    for ratio, wished in zip(exactly, keep_ratios):
+        state, exact = rule.step(state, n - added, ratio.numerator * (base // ratio.denominator), base)
+        if isinstance(wished, (Wish, Fewer)):
+            exact = min(int(wished), n - added) if isinstance(wished, Wish) else n - added - int(wished)
             state = rule.start(exact)
-        kept = max(1, exact)
-        leave = kept + method.reduce.adds if kept < n else kept
+        kept = max(reduce.least(n - added), exact) + added
+        leave = kept + reduce.adds if kept < n else kept
         said.append(exact)
         counts.append(StageCount(n, kept, leave))
-        n = leave
+        added += (leave - kept) * reduce.protects
+        n = n if reduce.rejoins else leave
     return said, counts

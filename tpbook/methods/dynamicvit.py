@@ -89,6 +89,10 @@ class Predictor(Score):
     def __call__(self, call):
         return call.predictor(call.x, call.tokens.keep)[..., KEEP]
 
+    def weights(self, scores):
+        """The keep probability."""
+        return scores.exp()
+
     def decide(self, call, invert):
         """In training: (B, n) scores, and D after this stage."""
         log_probs = call.predictor(call.x, call.tokens.keep)  # (B, n, 2)
@@ -103,7 +107,7 @@ class Predictor(Score):
 class Drop(Reduce):
     """The others are gone."""
 
-    name, words, gone, ordered = "drop", "the others are dropped", "dropped", False
+    name, words, gone, ordered, padded = "drop", "the others are dropped", "dropped", False, True
 
     def __call__(self, tokens, order, kept, call):
         chosen = order[:, :kept]

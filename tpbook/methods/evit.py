@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention import heard
+from ..checks import check_flag, check_name
 from ..tokens import drop, in_float32
 from .dynamicvit import Drop
 from .parts import Reduce, Score
@@ -92,18 +93,34 @@ class ClassAttention(Score):
 
 
 class Fuse(Reduce):
-    """The others are summed into one token, weighed by the class token's attention; `fuse=False` drops them."""
+    """The others are summed into one token, weighed by the class token's attention; `fuse=False` drops them.
+
+    Args:
+        weights: "attention", or "score": then what is weighed is the score, of a predictor the keep probability p, and
+            the sum Σ p_i x_i stays in the sequence as it is to the end, one more at every stage. It is the package
+            token of SPViT (Kong et al. 2022), which has another predictor besides.
+    """
 
     name, words, gone = "fuse", "the others are summed into one new token", "fused"
-    queries, adds, options = "class", 1, ("fuse",)
+    adds, options = 1, ("fuse", "fuse_weights")
 
-    def configure(self, fuse=True):
-        if not isinstance(fuse, bool):
-            raise TypeError(f"fuse must be True or False, got {fuse!r}")
-        return self if fuse else Drop()
+    def __init__(self, weights="attention"):
+        check_name("fuse_weights", weights, ("attention", "score"))
+        self.queries, self.protects = ("class", False) if weights == "attention" else (None, True)
+
+    def configure(self, fuse=True, fuse_weights="attention"):
+        check_flag("fuse", fuse)
+        own = Fuse(fuse_weights)
+        if not (fuse or own.queries):
+            raise ValueError(f"fuse_weights must be left unset where fuse=False, got {fuse_weights!r}")
+        return own if fuse else Drop()
+
+    def weights(self, call):
+        """(B, n), what weighs a token in the sum."""
+        return call.heard if self.queries else call.score.weights(call.scores)
 
     def __call__(self, tokens, order, kept, call):
-        x = fuse(tokens.x, order, kept, call.heard, call.prefix)
+        x = fuse(tokens.x, order, kept, self.weights(call), call.prefix)
         patch = tokens.patch
         if patch is not None:  # −1 is the fused token's, if there is one
             patch = drop(patch, order[:, :kept])
@@ -112,7 +129,7 @@ class Fuse(Reduce):
 
     def masked(self, tokens, keep, call):
         alive = torch.ones_like(keep) if tokens.keep is None else tokens.keep
-        fused = weighted_sum(call.x, call.heard * alive * (1 - keep))  # (B, 1, C)
+        fused = weighted_sum(call.x, self.weights(call) * alive * (1 - keep))  # (B, 1, C)
         return tokens.replace(
             x=torch.cat([tokens.x, fused], dim=1), patch=F.pad(tokens.patch, (0, 1), value=-1),
             keep=F.pad(keep, (0, 1), value=1.0),

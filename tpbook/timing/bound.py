@@ -6,6 +6,7 @@ Chapter: :doc:`/book/speed`
 import copy
 from dataclasses import replace
 
+from ..methods.choosing import Choice
 from ..methods.parts import Reduce, Score
 from ..plan import Plan
 
@@ -23,10 +24,13 @@ def sliced(model):
         The bound, a pruned model too.
 
     Raises:
-        ValueError: the model removes no tokens, but has a fast path for them.
+        ValueError: the model removes no tokens, but has a fast path for them; or they come back, or each image has
+            another number of them.
     """
     bound = copy_of(model)
     plan, pruning = bound._plan, bound.pruning
+    if pruning.method.chooses.varies or pruning.method.reduce.rejoins:
+        raise ValueError(f"model must be one whose token counts are known and fall, got one pruned by {pruning.name!r}")
     method = replace(pruning.method, score=Ignored(pruning.method.score), reduce=Slice(pruning.method.reduce))
     if not all(type(part) is Plan for part in plan.plans):
         raise ValueError(f"model must be one that removes tokens to have a slicing bound, got {type(model).__name__}")
@@ -54,7 +58,7 @@ class Slice(Reduce):
     name, words, gone = "slice", "the last ones are cut off", "cut off"
 
     def __init__(self, reduce):
-        self.adds = reduce.adds
+        self.adds, self.protects, self.least = reduce.adds, reduce.protects, reduce.least
 
     def __call__(self, tokens, order, kept, call):
         stay = kept + self.adds
@@ -65,8 +69,8 @@ class Slice(Reduce):
 class Unranked(Plan):
     """The plan of a model that takes tokens as they come."""
 
-    def order(self, scores, kept):
-        return None
+    def choose(self, call, kept):
+        return Choice(None, kept)
 
 
 def copy_of(model):

@@ -56,6 +56,10 @@ def terms_of(recipe, accelerator, wrapped, model, teacher, images, labels):
         logits = wrapped(images)
         if learned or recipe.aux_weight:
             traced.features = family_of(model).distilled(model, traced.features)
+    if own := recipe.method and model.pruning.method.score.objective:
+        return getattr(losses, own)(
+            logits, traced, labels, teacher_logits=theirs, logit_weight=recipe.logit_weight, **recipe.loss
+        )
     if learned:
         return losses.dynamicvit(
             logits, traced, labels, teacher_logits=theirs, teacher_features=features,
@@ -153,7 +157,7 @@ def run(recipe, out, *, progress=True, **changes):
                 group["lr_scale"] = 0.0 if epoch < recipe.freeze_epochs else recipe.backbone_lr_scale
         for i in range(1, steps + 1):
             schedule.step_update(step)
-            if recipe.method:
+            if recipe.method and model.keep_ratio is not None:
                 model.keep_ratio = keep_rate(step / steps, recipe.keep_ratio, *recipe.keep_warmup)
             for _ in range(recipe.accumulate):
                 images, labels = next(batches)
@@ -197,7 +201,7 @@ def run(recipe, out, *, progress=True, **changes):
             log.write({"epoch": epoch, "step": step, "test": results.accuracy(int(correct.sum()), len(correct))})
     bar.close()
 
-    if recipe.method:
+    if recipe.method and model.keep_ratio is not None:
         model.keep_ratio = recipe.keep_ratio
     result = {
         "recipe": as_dict(recipe), "num_classes": model.num_classes, "images_seen": step * recipe.batch,

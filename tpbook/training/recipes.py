@@ -49,13 +49,14 @@ class Recipe:
     method: str = ""
     keep_ratio: float | tuple[float, ...] = 0.7
     at: tuple[int, ...] = ()  # pruned blocks; () is the method's default
-    options: dict = field(default_factory=dict)  # further options of tpbook.prune
+    options: dict = field(default_factory=dict)  # further ones of tpbook.prune; with r or keep, keep_ratio is not read
     keep_warmup: tuple[float, float] = (0, 0)  # epochs (start, length) over which the keep rate falls from 1, as EViT
     mask_ratio: float | tuple[float, float] = 0.0
     token_loss: str = "mse"
     ratio_weight: float = 2.0
     logit_weight: float = 0.5
     token_weight: float = 0.5
+    loss: dict = field(default_factory=dict)  # what `tpbook.losses` of A-ViT, AdaViT and IA-RED² take besides
     aux_weight: float = 0.0  # LV-ViT, dense: of the auxiliary head's cross-entropy, each token with its image's label
 
     # optimisation

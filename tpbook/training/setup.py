@@ -5,6 +5,8 @@ Chapter: :doc:`/book/reproduction`
 
 import contextlib
 import copy
+import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,12 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from timm.optim import create_optimizer_v2
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from .. import data
+from .. import data, losses
 from ..digits import FRAGMENTS
 from ..engine import is_pruned, prune
 from ..families import family_of
 from ..masking import mask
+from ..methods import METHODS, SCORES
 from ..methods.parts import Place
 from ..weights import DIGITS, load_backbone, load_checkpoint
 from .recipes import make
@@ -129,10 +132,24 @@ def _heads(model):
 def adapt(recipe, model):
     """Prune or mask the model as the recipe says, in place."""
     if recipe.method:
-        prune(model, recipe.method, keep_ratio=recipe.keep_ratio, at=recipe.at or None, **recipe.options)
+        score = SCORES.get(recipe.options.get("score"), METHODS[recipe.method].score)
+        counted = replace(METHODS[recipe.method], score=score).chooses.counted
+        said = {} if {"r", "keep"} & set(recipe.options) or not counted else {"keep_ratio": recipe.keep_ratio}
+        prune(model, recipe.method, at=recipe.at or None, **said, **recipe.options)
+        _check_loss(recipe.loss, model.pruning.method.score.objective)
     elif recipe.mask_ratio != 0:
         mask(model, recipe.mask_ratio)
     return model
+
+
+def _check_loss(loss, objective):
+    """ValueError where a recipe's `loss` has a key that the loss of the method does not take."""
+    known = () if objective is None else inspect.getfullargspec(getattr(losses, objective)).kwonlyargs
+    known = [name for name in known if name not in ("teacher_logits", "logit_weight")]
+    for key in loss:
+        if key not in known:
+            may = ", ".join(known) or "none, for this method"
+            raise ValueError(f"loss must have keys of {may}, got {key!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------- the data
@@ -254,11 +271,16 @@ def fast_attention(model, images):
 
     The backward of timm's default there, the fused kernel, hardly gets cheaper with fewer tokens. Blocks that are
     checkpointed keep theirs, since their recomputation comes later; and so do those that hide tokens by a mask, whose
-    attention is another.
+    attention is another, and those whose keys or values a method reads.
     """
     blocks = family_of(model).blocks(model)
-    if is_pruned(model) and model.training and model.pruning.method.score.learned:
-        blocks = blocks[: model.pruning.at[0] + (model.pruning.method.place is Place.BETWEEN)]
+    if is_pruned(model):
+        pruning, first = model.pruning, len(blocks)
+        if model.training and pruning.method.score.learned:
+            first = pruning.at[0] + (pruning.method.place is Place.BETWEEN)
+        if pruning.method.reads:
+            first = min(first, *pruning.listeners)
+        blocks = blocks[:first]
     slow = _half_on_cpu(images) is torch.bfloat16 and not getattr(model, "grad_checkpointing", False)
     fused = [attn for block in blocks if slow and getattr(attn := getattr(block, "attn", None), "fused_attn", False)]
     for attn in fused:

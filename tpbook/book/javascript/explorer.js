@@ -8,6 +8,8 @@
 //   source.compute(request)   {set, image, method, ratio, at} → Promise of a state
 //   source.upload(file, set)  → Promise of an image; without it there is no file field
 //   source.blocks             whether the pruned blocks can be chosen
+//   source.methods(set)       object of the methods that can be asked for; without it those that the set names
+//   source.missing            why others cannot, in the place of the set's words
 //   state                     {kept: [[patch, …] a stage], host: the same or [], top: [[class, p], …], tokens and macs: [a block],
 //                             total, speed: words}
 window.tpbook ??= {};
@@ -55,12 +57,12 @@ window.tpbook ??= {};
     host: state.host.map((text) => hostsOf(text, patches)),
   });
 
-  // what a page carries: nothing else can be asked for
+  // what a page carries: nothing else can be asked for. Where an image decides what is kept, its states say what they cost
   tpbook.embedded = (data) => ({
     ratios: data.ratios,
     compute({ set, image, method, ratio }) {
       const { states, costs, grid } = data.sets[set], at = data.ratios.indexOf(ratio);
-      return { ...tpbook.decode(states[image][method][at], grid[0] * grid[1]), ...costs[method][at] };
+      return { ...tpbook.decode(states[image][method][at], grid[0] * grid[1]), ...costs[method]?.[at] };
     },
   });
 
@@ -102,6 +104,7 @@ window.tpbook ??= {};
     const why = h("p", { class: "note" });
     const value = h("output", { for: `${id}-ratio` });
     const slider = (name, oninput) => h("input", { type: "range", id: `${id}-${name}`, min: 0, step: 1, value: 0, oninput });
+    const limit = h("p", { class: "note" });
     const ratio = slider("ratio", () => change("ratio", source.ratios[+ratio.value]));
     const radio = (name, value, checked, onchange, more) =>
       h("input", { type: "radio", name: `${id}-${name}`, value, checked, onchange, ...more });
@@ -123,7 +126,7 @@ window.tpbook ??= {};
     root.classList.add("explorer");
     root.replaceChildren(
       images, own, methods, why,
-      h("p", { class: "slider" }, h("label", { for: `${id}-ratio` }, "Keep ratio ρ"), ratio, value),
+      h("p", { class: "slider" }, h("label", { for: `${id}-ratio` }, "Keep ratio ρ"), ratio, value), limit,
       blocks, said, view, panels,
       h("p", { class: "slider" }, h("label", { for: `${id}-follow` }, "Follow a patch"), follow, followed), credit,
       h("div", { class: "results" },
@@ -145,12 +148,13 @@ window.tpbook ??= {};
         ...group.images.map((image, i) => h("label", { class: "thumb" },
           radio("image", i, g === chosen.set && i === chosen.image, () => pick(g, i), { "aria-label": image.alt }),
           h("img", { src: image.src, alt: "" }))))));
-      const { methods: known } = set();
+      const known = source.methods?.(chosen.set) ?? set().methods;
       if (!known[chosen.method]) chosen.method = Object.keys(known)[0];
       methods.replaceChildren(h("legend", {}, "Method"), ...Object.entries(data.methods).map(([name, { title }]) =>
         h("label", { class: known[name] ? "" : "off" },
           radio("method", name, name === chosen.method, () => change("method", name), { disabled: !known[name] }), title)));
-      why.textContent = Object.keys(known).length < Object.keys(data.methods).length ? set().missing : "";
+      why.textContent = Object.keys(known).length < Object.keys(data.methods).length ? source.missing ?? set().missing : "";
+      ratio.min = 0;
       ratio.max = source.ratios.length - 1;
       const near = source.ratios.map((r) => Math.abs(r - chosen.ratio));
       ratio.value = near.indexOf(Math.min(...near));
@@ -199,6 +203,10 @@ window.tpbook ??= {};
 
     // the last state stays until the next is there; of moves made meanwhile only the last counts
     async function refresh() {
+      const { title, least_ratio: least } = data.methods[chosen.method];
+      ratio.min = source.ratios.findIndex((r) => r >= least); // moves a slider that stands below
+      chosen.ratio = source.ratios[+ratio.value];
+      limit.textContent = least ? `${title} stops at ρ = ${least.toFixed(2)}: at least that share stays at every stage.` : "";
       value.textContent = chosen.ratio.toFixed(2);
       ratio.setAttribute("aria-valuetext", `keep ratio ${value.textContent}`);
       if (busy) return void (again = true);
@@ -239,13 +247,14 @@ window.tpbook ??= {};
 
     function show() {
       if (request?.set !== chosen.set) return; // the answer to come is of another model
-      const { method } = request, { dense, classes, at } = set(), colour = data.methods[method].colour;
+      const { method } = request, { dense, classes, at } = set(), { colour, gone, rejoins } = data.methods[method];
       const image = set().images[request.image], drawn = pictures.get(image.src), N = patches();
       const squeezes = state.host.length > 0, hosts = squeezes && chosen.view === "host";
       view.hidden = !squeezes;
       const where = source.blocks ? request.at : at;
 
       const left = state.kept.map((kept) => kept.filter((i) => i >= 0).length);
+      const others = rejoins ? `, the others ${gone}` : "";
       const captions = ["What the model sees", ...where.map((b, s) => `Stage ${s + 1}, block ${b}: ${left[s]} of ${N}`)];
       while (panels.children.length > captions.length) panels.lastChild.remove();
       captions.forEach((caption, s) => {
@@ -255,8 +264,8 @@ window.tpbook ??= {};
         }
         const [canvas, text] = panels.children[s].children;
         text.textContent = caption;
-        draw(canvas, drawn, s ? new Set(state.kept[s - 1]) : null, s && hosts ? state.host[s - 1] : null);
-        canvas.setAttribute("aria-label", s ? `${caption} patches left${middle(state.kept[s - 1])}` : `${image.alt}, ${N} patches`);
+        draw(canvas, drawn, rejoins, s ? new Set(state.kept[s - 1]) : null, s && hosts ? state.host[s - 1] : null);
+        canvas.setAttribute("aria-label", s ? `${caption} patches left${others}${middle(state.kept[s - 1])}` : `${image.alt}, ${N} patches`);
       });
       follow.value = chosen.follow + 1;
       followed.textContent = fate(chosen.follow);
@@ -267,7 +276,7 @@ window.tpbook ??= {};
         h("th", { scope: "row" }, name(c)), h("td", {}, percent(p)), h("td", { class: "bar", "aria-hidden": "true" }, bar(p, colour))))));
       const [[best, p]] = state.top, saved = 1 - state.total / dense.total;
       said.textContent = [
-        `${data.methods[method].title}, ρ = ${request.ratio.toFixed(2)}: ${left.join(", ")} of ${N} patches left.`,
+        `${data.methods[method].title}, ρ = ${request.ratio.toFixed(2)}: ${left.join(", ")} of ${N} patches left${others}.`,
         `Prediction: ${name(best)}, ${percent(p)}${image.label ? ` (truth: ${image.label})` : ""}.`,
         state.macs && `${tpbook.amount(state.total, dense.total)} of ${tpbook.amount(dense.total)} ${tpbook.unit(dense.total)}`
           + ` (${saved < 0 ? "+" : "−"}${percent(Math.abs(saved))}).`,
@@ -307,9 +316,11 @@ window.tpbook ??= {};
     // what became of a patch
     function fate(patch) {
       if (patch < 0) return "none; choose one here or in a picture";
-      const gone = state.kept.findIndex((kept) => !kept.includes(patch));
-      if (gone < 0) return `${place(patch)}: left to the end`;
-      const { gone: said, hosts } = data.methods[request.method], host = state.host[gone]?.[patch], last = state.host.at(-1)?.[patch];
+      const stages = [...state.kept.keys()].filter((s) => !state.kept[s].includes(patch)), [gone] = stages;
+      if (!stages.length) return `${place(patch)}: left to the end`;
+      const { gone: said, hosts, rejoins } = data.methods[request.method];
+      if (rejoins) return `${place(patch)}: ${said} from stage ${stages.map((s) => s + 1).join(", ")} on, until the next one`;
+      const host = state.host[gone]?.[patch], last = state.host.at(-1)?.[patch];
       const after = hosts ? `${said} ${place(host)}` : said;
       return `${place(patch)}: ${after} at stage ${gone + 1}` + (last !== host ? `, in the end in ${place(last)}` : "");
     }
@@ -321,8 +332,8 @@ window.tpbook ??= {};
       change("follow", row * columns + column);
     }
 
-    // the picture with what is gone whitened; or each token's patches in their mean colour
-    function draw(canvas, drawn, kept, host) {
+    // the picture with what is gone whitened, half so where it only waits; or each token's patches in their mean colour
+    function draw(canvas, drawn, waits, kept, host) {
       const [rows, columns] = set().grid, cell = Math.max(1, Math.round(448 / columns));
       Object.assign(canvas, { width: columns * cell, height: rows * cell });
       const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -357,7 +368,7 @@ window.tpbook ??= {};
           context.fill();
         }
       } else if (kept) {
-        context.fillStyle = "rgba(255, 255, 255, 0.85)";
+        context.fillStyle = `rgba(255, 255, 255, ${waits ? 0.55 : 0.85})`;
         for (const i of all) if (!kept.has(i)) context.fillRect(...square(i));
       }
       if (chosen.follow >= 0) {

@@ -1,0 +1,58 @@
+"""The table of all methods that the package has, of which each chapter shows its own part.
+
+Chapter: :doc:`/book/all-together`
+"""
+
+import numpy as np
+
+from .looks import LOOKS
+from .results import correct, paired, percent, points
+
+
+def table(rows, methods, beside="topk"):
+    """Some methods out of a `family.json`, each against one other method at the cost nearest to its own.
+
+    Args:
+        rows: dicts with "method", "macs", "n" and "correct"; and with "keep_ratio", "options" of `prune`, "trained",
+            "start", "data" and "seed" where they say anything.
+        methods: names, in the order of the table.
+        beside: the other's name. Only rows of the same data, start and training are set beside each other.
+
+    Returns:
+        list of dicts, one for every method, setting, start and data: MACs, top-1 with its 95 % interval, and the
+        difference to the other, with the other's MACs.
+    """
+    cells = {}
+    for row in sorted(rows, key=lambda row: str(row.get("seed"))):
+        where = (row.get("data"), row.get("start"), row.get("trained", False))
+        cells.setdefault((row["method"], setting(row), where), []).append(row)
+    lines = []
+    for method in methods:
+        for (_, how, where), mine in [(cell, mine) for cell, mine in cells.items() if cell[0] == method]:
+            data, start, trained = where
+            line = {"method": LOOKS[method].title, "setting": how, "data": data, "start": start}
+            line |= {"trained": "yes" if trained else "no", "MACs, 10⁶": f"{_macs(mine):.0f}"}
+            line["top-1, %"] = percent(_right(mine))
+            others = [other for cell, other in cells.items() if cell[0] == beside and cell[2] == where]
+            if others and method != beside:
+                other = min(others, key=lambda other: abs(_macs(other) - _macs(mine)))
+                ours, theirs = _right(mine), _right(other)
+                pair = paired(ours, theirs if len(theirs) == len(ours) else theirs[:1])
+                line[f"− {LOOKS[beside].title}"] = f"{points(pair)} (at {_macs(other):.0f})"
+            lines.append({key: value for key, value in line.items() if value is not None})
+    return lines
+
+
+def setting(row):
+    """What a row was pruned by, in words: "r = 8", "ρ = 0.7, proportional = False"."""
+    options, ratio = row.get("options") or {}, row.get("keep_ratio")
+    said = [f"ρ = {ratio}"] if ratio is not None and "r" not in options else []
+    return ", ".join(said + [f"{key} = {value}" for key, value in options.items()]) or "–"
+
+
+def _macs(rows):
+    return np.mean([row["macs"] for row in rows]) / 1e6
+
+
+def _right(rows):
+    return np.concatenate([correct([row]) for row in rows])  # (seeds, n)
