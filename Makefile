@@ -23,7 +23,7 @@ pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones fast-path
+.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones pretrained fast-path
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -77,7 +77,13 @@ ledger: $(env)
 	$(bin)/python notebooks/ledger.py
 
 # every training behind the committed results of the digits; skips what is done (about an hour on two cores)
-matrix ablations backbones: $(env)
+matrix: $(env)
+	$(bin)/python notebooks/matrix.py matrix family
+ablations backbones: $(env)
+	$(bin)/python notebooks/matrix.py $@
+
+# the methods that need no training, on DeiT-Ti and photographs of $TPBOOK_DATA (half an hour on two cores)
+pretrained: $(env)
 	$(bin)/python notebooks/matrix.py $@
 
 # two faults of the official code of the fast path, in numbers (seconds)
@@ -93,12 +99,25 @@ $(env): requirements.txt constraints.txt pyproject.toml
 	touch $@
 
 # what a notebook writes is in a folder of its name, and goes with it
-$(out)/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(package) $(env)
+define run
+rm -rf _build/$(1)/results/$*
+$(bin)/python notebooks/run.py $< $@ profile=$(1) out=../_build/$(1)/results/$*
+endef
+_build/digits/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(package) $(env)
+	$(call run,digits)
+_build/imagenette/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(package) $(env)
+	$(call run,imagenette)
+
+# those that ask for no profile are the same in both editions, and run once
+alike := cost-and-speed every-method hybrid-vits ledger lv-vit speed where-the-cost-is
+$(alike:%=_build/imagenette/notebooks/%.ipynb): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
+	mkdir -p $(@D) $(out)/results
 	rm -rf $(out)/results/$*
-	$(bin)/python notebooks/run.py $< $@ profile=$(PROFILE) out=../$(out)/results/$*
+	cp -R _build/digits/results/$* $(out)/results
+	cp $< $@
 
 # what each of them reads besides; tests/test_make.py compares this with their cells
-read_by = $(1:%=$(out)/notebooks/%.ipynb)
+read_by = $(foreach name,$(1),$(if $(filter $(name),$(alike)),_build/digits,$(out))/notebooks/$(name).ipynb)
 matrix := notebooks/results/digits/matrix.json
 ablations := notebooks/results/digits/ablations.json
 backbones := notebooks/results/digits/backbones.json
@@ -110,7 +129,7 @@ $(call read_by,all-together dynamicvit evit masked-fine-tuning questions robustn
 $(call read_by,dynamicvit questions robustness ledger): $(ablations)
 $(call read_by,hybrid-vits lv-vit ledger): $(backbones)
 $(call read_by,dynamicvit evit masked-fine-tuning questions reproduction robustness tps ledger): $(rows)
-$(call read_by,merging a-count-for-each-image tokens-that-come-back): $(family)
+$(call read_by,every-method merging a-count-for-each-image tokens-that-come-back): $(family)
 $(call read_by,robustness speed ledger): $(costs)
 $(call read_by,paper-and-code): notebooks/results/fast-path.json
 $(call read_by,speed): $(wildcard notebooks/results/speed/*.json)

@@ -136,13 +136,14 @@ def run(waves):
 
 
 def save(name, rows, begun):
-    results.save(TOP / "notebooks" / "results" / "digits", name, {
+    results.save(TOP / "notebooks" / "results" / FOLDERS.get(name, "digits"), "family" if name == "pretrained" else name, {
         "seeds": SEEDS, "cores": os.cpu_count(), "last_call_minutes": round((time.perf_counter() - begun) / 60, 1),
         "training_minutes": round(sum(r.get("seconds", 0) for r in rows) / 60, 1), **MORE.get(name, {}), "rows": rows,
     })  # fmt: skip
 
 
 MORE = {}  # what a file says besides its rows
+FOLDERS = {"pretrained": "deit-ti"}
 
 
 def matrix(folder):
@@ -263,8 +264,8 @@ def setting(name, model, level, images=None):
         level: ρ.
         images: those that say what a method costs whose count depends on them.
     """
-    how, target = FAMILY[name], macs(prune(load_backbone(model), "topk", keep_ratio=level))
-    method = how.get("method", name)
+    how, method = FAMILY[name], method_of(name)
+    target = macs(prune(load_backbone(model), "topk", keep_ratio=level))
     if how.get("r"):
         knob, values = "r", range(39, -1, -1)  # dearer and dearer
     else:
@@ -272,7 +273,7 @@ def setting(name, model, level, images=None):
     for at in how.get("places", (None,)):
         backbone = prune(load_backbone(model), method, **{knob: values[-1]}, at=at)
 
-        def costs(value):
+        def costs(value, backbone=backbone):
             setattr(backbone, knob, value)
             return macs(backbone, images)
 
@@ -295,33 +296,43 @@ def canvases(number=200):
     return data.digits("test").images[:number]
 
 
+def family_row(name, said, seed, correct, model, **more):
+    """A row of a method of `FAMILY`, pruned by what `setting` said."""
+    images = data.digits("test").images if "data" not in more else pictures(more["data"])[0]
+    return row(seed, more.pop("start", "untouched"), method_of(name), said.get("keep_ratio"), correct, name=name, **more,
+               options={key: said[key] for key in ("r", "at") if key in said}, macs=round(macs(model, images)))  # fmt: skip
+
+
+def method_of(name):
+    return FAMILY.get(name, {}).get("method", name)
+
+
 def fit_family(folder, seed, name, level):
     """One training of a method at the MACs of a level → its row."""
-    how, said = FAMILY[name], setting(name, "vit_digits_patch4_56", level, canvases())
+    said = setting(name, "vit_digits_patch4_56", level, canvases())
     if said is None:
         return []
-    method, options = how.get("method", name), {"r": said["r"]} if "r" in said else {}
-    changes = {"method": method, "options": options, **{key: said[key] for key in ("keep_ratio", "at") if key in said}}
+    method, changes = method_of(name), {key: said[key] for key in ("keep_ratio", "at") if key in said}
+    changes |= {"method": method, "options": {"r": said["r"]} if "r" in said else {}, "seed": seed}
+    recipe = RECIPES / f"{FAMILY[name].get('recipe', method)}.yaml"
     path = place(folder / "family", (seed, name, level))
-    result = train.run(RECIPES / f"{how.get('recipe', method)}.yaml", path, progress=False, seed=seed, **changes)
-    model = train.load(path).eval()
-    return [row(seed, "untouched", name, said.get("keep_ratio"), result["correct"], trained=True, level=level, **options,
-                macs=round(macs(model, data.digits("test").images)), seconds=result["seconds"])]  # fmt: skip
+    result = train.run(recipe, path, progress=False, **changes)
+    return [family_row(name, said, seed, result["correct"], train.load(path).eval(), trained=True, level=level,
+                       seconds=result["seconds"])]  # fmt: skip
 
 
 @torch.inference_mode()
 def look_family(name, level):
     """A method that needs no training, on the backbone as it is."""
     said = setting(name, "vit_digits_patch4_56", level, canvases())
-    method = FAMILY[name].get("method", name)
-    if said is None or KNOWN[method].score.learned:
+    method = KNOWN[method_of(name)]
+    if said is None or method.score.learned:
         return []
-    rows, drawn = [], SEEDS if KNOWN[method].score.drawn else (None,)
-    for seed in drawn:
-        model = prune(load_backbone("vit_digits_patch4_56"), method, **said, **({} if seed is None else {"seed": seed}))
-        rows.append(row(seed, "untouched", name, said.get("keep_ratio"), right(model), trained=False, level=level,
-                        **({"r": said["r"]} if "r" in said else {}),
-                        macs=round(macs(model, data.digits("test").images))))  # fmt: skip
+    rows = []
+    for seed in SEEDS if method.score.drawn else (None,):
+        drawn = {} if seed is None else {"seed": seed}
+        model = prune(load_backbone("vit_digits_patch4_56"), method_of(name), **said, **drawn)
+        rows.append(family_row(name, said, seed, right(model), model, trained=False, level=level))
     return rows
 
 
@@ -332,7 +343,7 @@ def family(folder):
     for seed in SEEDS:
         rows += run([[(fit_family, folder, seed, *one) for one in every]])
         save("family", rows, begun)
-    return sorted(rows, key=lambda r: (list(FAMILY).index(r["method"]), -r["level"]))
+    return sorted(rows, key=lambda r: (list(FAMILY).index(r["name"]), -r["level"]))
 
 
 PICTURES = {"nips2017-dev": data.nips2017_dev, "imagewoof2-160": partial(data.imagenette, "test", name="imagewoof2-160")}
@@ -348,22 +359,22 @@ def pictures(name, model="deit_tiny_patch16_224"):
 
 @torch.inference_mode()
 def look_pretrained(name, level, model="deit_tiny_patch16_224"):
-    """A method that needs no training on a pretrained model: a row for each set of photographs; name None is dense."""
+    """A method that needs no training on a pretrained model: a row for each set of photographs; "dense" prunes nothing."""
     torch.set_num_threads(1)
-    said = {} if name is None else setting(name, model, level, pictures("nips2017-dev")[0][:200])
+    said = {} if name == "dense" else setting(name, model, level, pictures("nips2017-dev")[0][:200])
     if said is None:
         return []
-    pruned, method = load_backbone(model).eval(), name and FAMILY[name].get("method", name)
-    if name is not None:
+    pruned = load_backbone(model).eval()
+    if name != "dense":
+        method = method_of(name)
         prune(pruned, method, **said, **({"seed": 0} if KNOWN[method].score.drawn else {}))
     rows = []
     for where in PICTURES:
         images, labels = pictures(where)
         logits = torch.cat([pruned(batch) for batch in images.split(50)])
         correct = "".join("01"[r] for r in (logits.argmax(1) == labels).tolist())
-        rows.append(row(None, "pretrained", name or "dense", said.get("keep_ratio"), correct, trained=False, level=level,
-                        **({"r": said["r"]} if "r" in said else {}), model=model, data=where,
-                        macs=round(macs(pruned, images))))  # fmt: skip
+        rows.append(family_row(name, said, None, correct, pruned, start="pretrained", trained=False, level=level,
+                               model=model, data=where))  # fmt: skip
     return rows
 
 
@@ -375,7 +386,7 @@ def clock(model="deit_tiny_patch16_224", batch=32, rounds=31):
     for level in LEVELS:
         models = {"dense": load_backbone(model).eval()}
         for name in FAMILY:
-            method = FAMILY[name].get("method", name)
+            method = method_of(name)
             if KNOWN[method].score.learned or (said := setting(name, model, level, images[:200])) is None:
                 continue
             models[name] = prune(load_backbone(model).eval(), method, **said)
@@ -385,11 +396,11 @@ def clock(model="deit_tiny_patch16_224", batch=32, rounds=31):
 
 
 def pretrained(folder):
-    free = [name for name in FAMILY if not KNOWN[FAMILY[name].get("method", name)].score.learned]
-    wave = [(look_pretrained, None, 1.0), *((look_pretrained, *one) for one in itertools.product(free, LEVELS))]
+    free = [name for name in FAMILY if not KNOWN[method_of(name)].score.learned]
+    wave = [(look_pretrained, "dense", 1.0), *((look_pretrained, *one) for one in itertools.product(free, LEVELS))]
     rows = run([wave])
     MORE["pretrained"] = {"times": clock()}
-    return sorted(rows, key=lambda r: (r["method"] != "dense", [*FAMILY, "dense"].index(r["method"]), -r["level"]))
+    return sorted(rows, key=lambda r: (["dense", *FAMILY].index(r["name"]), -r["level"]))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from timm.models.naflexvit import NaFlexVit
 
 import tpbook
 from tpbook.backbones import PSViT, T2TViT
+from tpbook.methods import METHODS
 
 SIZE = (64, 80)  # 4 × 5 patches of 16 × 16
 BUILDERS = {}
+COUNTED = [name for name, method in METHODS.items() if method.chooses.counted]  # those that a keep ratio drives
 
 
 def builder(function):

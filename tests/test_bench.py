@@ -225,7 +225,7 @@ def test_refusals(arguments, message):
         bench.main(arguments)
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_one_graph_for_every_ratio_and_batch(small, images, method):
     """`fullgraph=True` raises at a graph break; what is computed stays the same to the last bit."""

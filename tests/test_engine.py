@@ -43,7 +43,7 @@ def test_identity_and_unprune(small, images, family, dtype):
         assert torch.equal(model(x), logits)
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_fused_and_explicit_attention_agree(small, images, method):
     model = small(depth=12)
@@ -55,7 +55,7 @@ def test_fused_and_explicit_attention_agree(small, images, method):
     torch.testing.assert_close(model(x), fused, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_attention_is_computed_as_its_library_is_set(small, images, method):
     """Fused or explicit is timm's switch alone, in half precision too; and asking which is better draws nothing."""
@@ -82,7 +82,7 @@ def test_attention_is_computed_as_its_library_is_set(small, images, method):
     assert seen == 12 * [False]
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_copies_and_files(small, images, method, tmp_path):
     model = tpbook.prune(small(), method, seed=1)
@@ -127,7 +127,7 @@ def test_unprune_keeps_what_was_trained(small, images):
     assert model.training
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_gradients_and_checkpointing(small, images, method):
     model = tpbook.prune(small(), method, seed=5).train()
     x = images(model)
@@ -196,7 +196,7 @@ def test_random_draws(small, images):
     assert torch.equal(model(x), first)
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @pytest.mark.parametrize("score", ["predictor", "class_attention", "random", "static"])
 @torch.no_grad()
 def test_every_score_drives_every_method(small, images, method, score):

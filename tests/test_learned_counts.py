@@ -129,11 +129,13 @@ def test_the_equations(class_token):
         assert not all(m[:, 0].all() for _, m in seen), "no class token halts here"
 
 
-@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("class_token", "fused"), [(True, True), (True, False), (False, False)])
 @torch.no_grad()
-def test_an_image_whose_every_token_has_halted(class_token):
+def test_an_image_whose_every_token_has_halted(class_token, fused):
     """Its output is what it was when they did, and the others of its batch do not notice."""
     model, x = vit(class_token), images()
+    for block in model.blocks:
+        block.attn.fused_attn = fused
     after = model.blocks[0](embedded(model, x))
     first, least = headed(model, after), after[..., 0].amin(1)  # (B,)
     tpbook.prune(model, "avit", gate_scale=1.0, gate_center=-50.0)  # all of them after the first block

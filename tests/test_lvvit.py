@@ -222,7 +222,7 @@ def test_the_maximum_is_over_the_tokens_that_are_left(ratio):
 # ---- every method, and the model's other calls
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_every_method_prunes_and_trains_it(method):
     model, x = small(), images()
     dense = model(x).detach()

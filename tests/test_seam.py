@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from builders import COUNTED
 from conftest import FAMILIES, held
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,7 +87,7 @@ def in_threads(work, count=4):
         raise errors[0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_threads(small, restless, method):
     """600 requests of four threads, of two image sizes, on one model: none is answered wrongly."""
     model = tpbook.prune(small("any_size", depth=3, img_size=64), method, keep_ratio=0.6, seed=2)
@@ -139,7 +140,7 @@ def test_a_knob_that_is_turned_meanwhile(small, restless, method):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("where", ["mlp", "attn", "attn.proj"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_an_exception_leaves_the_model_as_it_was(small, method, where, training, tmp_path):
     model = tpbook.prune(small(), method, keep_ratio=0.5, seed=1).train(training)
     x, before = images_of(model), held(model)
@@ -169,7 +170,7 @@ def test_an_exception_leaves_the_model_as_it_was(small, method, where, training,
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(x), want)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_copy_made_while_somebody_looks(small, method, training, tmp_path):
     """`deepcopy` and `torch.save` inside `trace`, with a graph in the record: the copy is not looked at."""
@@ -190,7 +191,7 @@ def test_a_copy_made_while_somebody_looks(small, method, training, tmp_path):
             assert own.features.shape[0] == 1 and t.features is features
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_functional_call(small, method):
     model = tpbook.prune(small(), method, keep_ratio=0.5, seed=1)
@@ -414,7 +415,7 @@ def test_before_a_block_the_attention_of_the_block_before_is_checked_and_read(sm
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_hooks_on_pruned_blocks(small, method, training):
     model = tpbook.prune(small(), method, keep_ratio=0.5, seed=1).train(training)
     counts = model.pruning.counts(36)
@@ -425,11 +426,19 @@ def test_hooks_on_pruned_blocks(small, method, training):
     x = images_of(model)
     logits = model(x)
     assert list(coming) == list(going) == list(range(6))
+    parts = METHODS[method]
     assert all(isinstance(coming[i], Tokens) for i in range(1, 5)), "from the first pruned block on"
-    removed = not (training and method in LEARNED)  # else a pool has to know who counts
-    assert type(coming[0]) is torch.Tensor and type(coming[5]) is (torch.Tensor if removed else Tokens)
+    removed = not (training and method in LEARNED)
+    weighed = not removed or METHODS[method].chooses.varies or coming[4].size is not None  # a pool has to know how much
+    assert type(coming[0]) is (Tokens if parts.score.lasting else torch.Tensor)  # which hears it
+    assert type(coming[5]) is (Tokens if weighed else torch.Tensor)
     lengths = [36, *(counts[s].leave if removed else 36 for s in (0, 0, 1, 2, 2))]
+    if parts.reduce.rejoins:
+        lengths[5] = 36  # all are there again
     for i, out in coming.items():
+        if parts.chooses.varies and i > 0:  # as many as the image of the two that keeps more
+            lengths[i] = int((out.keep > 0.5).sum(1).max())
+            assert lengths[i] <= counts[(0, 0, 1, 2, 2)[i - 1]].kept
         assert out.shape == (2, 1 + lengths[i], 48) and out.dtype is torch.float32 and out.device == x.device
         free = out.detach()
         assert type(free) is type(out) and torch.equal(free[0], out[0])
@@ -463,7 +472,7 @@ def dynamo():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_compiled_blocks(small, dynamo, method):
     model = tpbook.prune(small(depth=2), method, keep_ratio=0.5, seed=1)
@@ -492,7 +501,7 @@ def replicate(model, change):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_data_parallel_replicas(small, method, training):
     """A replica runs on its own parameters throughout: predictors, attention, norms."""
@@ -547,7 +556,7 @@ def saved_bytes(model, x):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_checkpointing_saves_what_it_is_for(small, method):
     """Pruned blocks are checkpointed too: no more is saved than by the dense model, and each runs again in backward."""
     dense = small(depth=12).train()
@@ -569,7 +578,7 @@ def test_checkpointing_saves_what_it_is_for(small, method):
 
 @pytest.mark.parametrize("keep_ratio", [0.5, (1.0, 0.5, 1.0)])
 @pytest.mark.parametrize("looks", ["not", "inside", "after"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_checkpointing_with_a_trace(small, method, looks, keep_ratio):
     """Gradients, and the record, are the same whether blocks are checkpointed and wherever the backward runs."""
     model = tpbook.prune(small(), method, keep_ratio=keep_ratio, seed=5).train()
@@ -609,7 +618,7 @@ def test_checkpointing_with_a_trace(small, method, looks, keep_ratio):
     assert held(model) == before
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_reentrant_checkpointing_is_refused_in_words(small, method):
     model = tpbook.prune(small(), method, keep_ratio=0.5).train()
     model.set_grad_checkpointing(True)
@@ -631,18 +640,19 @@ def test_reentrant_checkpointing_is_refused_in_words(small, method):
 # ---------------------------------------------------------------------------- compilers
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_the_knob_of_a_compiled_model(small, dynamo, method):
     """20 ratios compile at most twice more, and none falls back; each gives the plain model's numbers."""
     model = tpbook.prune(small(depth=2, img_size=224), method, seed=7)
     x, plain, counter = images_of(model, 1), copy.deepcopy(model), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for ratio in np.linspace(0.3, 1.0, 20):
+    least = max(0.3, METHODS[method].reduce.least_ratio)
+    for ratio in np.linspace(least, 1.0, 20):
         model.keep_ratio = plain.keep_ratio = ratio
         torch.testing.assert_close(compiled(x), plain(x), atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 3
-    model.keep_ratio = plain.keep_ratio = (0.9, 0.45)
+    model.keep_ratio = plain.keep_ratio = (0.9, max(0.45, least))
     torch.testing.assert_close(compiled(x), plain(x), atol=1e-5, rtol=1e-5)
 
 
@@ -660,11 +670,15 @@ def test_chance_compiles(small, dynamo, seed):
     assert torch.equal(again, compiled(x)) == (seed is not None)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.count.name == "floor"])
+@pytest.mark.parametrize("method", [name for name in COUNTED if not METHODS[name].count.up])
 @torch.no_grad()
 def test_a_ratio_that_warns_compiles(small, dynamo, method):
     model = tpbook.prune(small(depth=2), method, seed=3)
     x = images_of(model)
+    if METHODS[method].reduce.least_ratio:
+        with pytest.raises(ValueError, match="^keep_ratio must leave half"):
+            model.keep_ratio = 0.01
+        return
     with pytest.warns(UserWarning, match="one is kept"):
         model.keep_ratio = 0.01
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -697,7 +711,7 @@ def test_trace_of_a_compiled_model(small, dynamo, method):
     assert t.features is features
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_torch_export(small, dynamo, method):
     model = tpbook.prune(small(depth=2), method, keep_ratio=0.5, seed=1)
@@ -874,26 +888,31 @@ def test_a_method_is_checked_when_it_is_made():
         Method("random", "Drop", "befor", "floor", "")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_a_number_of_tokens(small, method):
     """`keep` is kept exactly, at every stage that has as many; and one of the two knobs is in force."""
-    model = tpbook.prune(small(), method, keep=17, seed=1)
+    half = METHODS[method].reduce.least_ratio > 0  # the least that it can leave
+    wanted = ((18, 18, 18), (18, 9, 5), 36, (30, 30, 15), [36, 20, 20]) if half else (17, 1, 36, (30, 30, 2), [36, 5, 5])
+    model = tpbook.prune(small(), method, keep=wanted[0], seed=1)
     x = images_of(model)
-    for keep in (17, 1, 36, (30, 30, 2), [36, 5, 5]):
+    for keep in wanted:
         model.keep = keep
         assert model.keep == (tuple(keep) if isinstance(keep, list) else keep) and model.keep_ratio is None
         with tpbook.trace(model) as t:
             assert model(x).isfinite().all()
         counts, adds = model.pruning.counts(36), METHODS[method].reduce.adds
         for kept, count in zip(t.kept, counts, strict=True):
+            if METHODS[method].chooses.varies:
+                assert 1 <= kept.shape[1] <= count.kept == count.leave
+                continue
             assert kept.shape[1] == count.leave == count.kept + adds * (count.kept < count.enter)
         assert [c.kept for c in counts] == [min(k, c.enter) for k, c in zip(model.pruning.ratios, counts)]
     for bad in (0, 37, True, 2.0, "3", (1, 2), None, Fraction(3)):
         with pytest.raises((ValueError, TypeError), match="^keep must"):
             model.keep = bad
-    model.keep_ratio = Fraction(1, 3)
-    assert model.keep is None and model.pruning.counts(36)[0].kept == 12
+    model.keep_ratio = Fraction(2, 3) if half else Fraction(1, 3)
+    assert model.keep is None and model.pruning.counts(36)[0].kept == (24 if half else 12)
 
 
 numbers = (
@@ -930,6 +949,12 @@ good = {
     "seed": st.none() | st.integers(-(2**63), 2**63 - 1),
     "fuse": st.booleans(),
     "similarity": st.sampled_from(["cosine", "euclidean", cosine]),
+    "fuse_weights": st.sampled_from(["attention", "score"]),
+    "proportional": st.booleans(),
+    "rejoin_last": st.booleans(),
+    "gate_scale": st.floats(0.1, 20.0),
+    "gate_center": st.floats(-5.0, 80.0),
+    "r": st.integers(0, 5) | st.tuples(st.integers(0, 5), st.floats(-1, 1)) | st.lists(st.integers(0, 5), max_size=1),
 }
 anything = {
     "method": words | odd | st.lists(good["method"], max_size=2) | st.sets(good["method"]) | numbers,
@@ -941,6 +966,12 @@ anything = {
     "seed": odd | numbers | st.integers(),
     "fuse": odd | numbers | st.lists(st.booleans()),
     "similarity": words | st.none() | numbers | st.lists(words) | st.dictionaries(words, words),
+    "fuse_weights": words | odd | numbers,
+    "proportional": odd | numbers,
+    "rejoin_last": odd | numbers,
+    "gate_scale": odd | numbers,
+    "gate_center": odd | numbers,
+    "r": shapes(st.integers(-2, 8) | numbers | odd, 5),
     "ratio": numbers,
     "fuze": st.booleans(),
 }
@@ -950,7 +981,8 @@ anything = {
 def arguments(draw):
     """Arguments of `prune` that are right but for one or two, which are anything."""
     given = {"method": draw(good["method"])}
-    takes = {"keep_ratio", "at", "keep", "score", "invert", "seed", *METHODS[given["method"]].reduce.options}
+    method = METHODS[given["method"]]
+    takes = {"keep_ratio", "at", "keep", "r", "score", "invert", "seed", *method.reduce.options, *method.score.options}
     given |= {name: draw(good[name]) for name in sorted(draw(st.sets(st.sampled_from(sorted(takes)))))}
     for name in draw(st.sampled_from([[], *([name] for name in anything), ["at", "keep_ratio"], ["seed", "keep"]])):
         given[name] = draw(anything[name])

@@ -418,7 +418,7 @@ def test_t2t_vit_14_pruned():
 
 
 @every_model
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 def test_every_method_works_and_keeps_all_at_one(name, method):
     model, images = BUILDERS[name]()
     dense = model(images)

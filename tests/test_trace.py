@@ -7,7 +7,7 @@ from conftest import held
 import tpbook
 
 
-@pytest.mark.parametrize("method", tpbook.METHODS)
+@pytest.mark.parametrize("method", COUNTED)
 @pytest.mark.parametrize("keep_ratio", [1.0, 0.6, (1.0, 0.5, 1.0)])
 @torch.no_grad()
 def test_eval(small, images, method, keep_ratio):

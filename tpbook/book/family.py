@@ -55,4 +55,4 @@ def _macs(rows):
 
 
 def _right(rows):
-    return np.concatenate([correct([row]) for row in rows])  # (seeds, n)
+    return np.concatenate([correct([{"seed": None, **row}]) for row in rows])  # (seeds, n)

@@ -147,8 +147,12 @@ class HuggingFace(Family):
             return f"{type(model).__name__}, whose attention pool takes no mask"
         return None
 
+    def segments(self, model, size=None):
+        averages = not self.pools_unmasked(model)  # an attention pool counts each token once
+        return [segment._replace(pooled=averages) for segment in super().segments(model, size)]
+
     def hand_on(self, tokens, plan):
-        return mean_as_weighed(tokens, plan.prefix)
+        return mean_as_weighed(tokens, plan.prefix) if plan.pooled else tokens.x
 
     # ---- a layer
 

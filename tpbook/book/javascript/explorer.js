@@ -206,6 +206,7 @@ window.tpbook ??= {};
       const { title, least_ratio: least } = data.methods[chosen.method];
       ratio.min = source.ratios.findIndex((r) => r >= least); // moves a slider that stands below
       chosen.ratio = source.ratios[+ratio.value];
+      limit.hidden = !least;
       limit.textContent = least ? `${title} stops at ρ = ${least.toFixed(2)}: at least that share stays at every stage.` : "";
       value.textContent = chosen.ratio.toFixed(2);
       ratio.setAttribute("aria-valuetext", `keep ratio ${value.textContent}`);
