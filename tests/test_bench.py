@@ -6,7 +6,7 @@ import time
 import pytest
 import timm
 import torch
-from builders import BUILDERS, answer
+from builders import BUILDERS, COUNTED, answer
 
 import tpbook
 from tpbook import bench, plan

@@ -148,7 +148,8 @@ def test_a_diagram_shows_what_the_package_does(monkeypatch):
         assert words[words.index("cls", words.index(how.reduce.words)) + 1 :][: len(names)] == names
         arrows = [(*text.xyann, *text.xy) for text in axes.texts if isinstance(text, Annotation)]
         assert arrows == [(i + 1.1, 1.8, end + 1.1, 0.95) for i, end in zip(others, ends)]
-        gone = {"×": 0 if ends or how.reduce.rejoins else len(others), how.reduce.gone: len(others) * how.reduce.rejoins}
+        waits = len(others) * how.reduce.rejoins
+        gone = {"×": 0 if ends or waits else len(others), how.reduce.gone: waits}
         assert {word: words.count(word) for word in gone} == gone
         bars = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_y() == 3.35]
         assert len(bars) + words.count("∞") == 8 and (words.count("∞") == 4) is (method == "tome")

@@ -21,14 +21,14 @@ from timm.models import VisionTransformer
 import tpbook
 from tpbook import flops, methods, weights
 from tpbook.book import cost, looks
-from tpbook.book.looks import CHOICES
-from tpbook.book.looks import method_of
+from tpbook.book.looks import CHOICES, method_of
 from tpbook.book.plots import COLOURS, NAMES
 
 METHODS = {name: of for name, of in CHOICES.items() if not method_of(name).chooses.varies}  # that can be counted
 STATIC = Path(__file__).parent.parent / "book/static"
 THEME = importlib.util.find_spec("pydata_sphinx_theme")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs an installed Chromium")
+
 
 def token_counts(patches, ratios, name):
     with warnings.catch_warnings():

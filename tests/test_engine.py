@@ -7,11 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from builders import COUNTED
 from conftest import FAMILIES, held
 
 import tpbook
 from tpbook.attention import AttentionMask
 from tpbook.keep_mask import masked_attention
+from tpbook.methods import METHODS
 from tpbook.training.setup import fast_attention
 
 LEARNED = ("dynamicvit", "dtps")
@@ -19,7 +21,9 @@ NEEDS_CLASS_TOKEN = ("evit", "etps", "topk")
 
 
 def methods_for(model):
-    return [m for m in tpbook.METHODS if model.cls_token is not None or m not in NEEDS_CLASS_TOKEN]
+    """Those that a keep ratio drives, and that keep all at ρ = 1."""
+    counted = [m for m in COUNTED if not METHODS[m].chooses.varies]
+    return [m for m in counted if model.cls_token is not None or METHODS[m].queries != "class"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -376,7 +376,8 @@ def test_what_became_of_a_patch_is_said_in_the_words_of_its_method(one, opened):
         assert page.locator(".explorer .view").is_visible() == bool(state["host"])
         if state["host"] and first != last:
             assert said.endswith(f", in the end in {place(last)}")
-    assert {"evit", "etps", "random", "tome", "dpcknn", "ats", "evovit"} <= set(one["sets"][0]["methods"]) and not page.wrong
+    assert {"evit", "etps", "random", "tome", "dpcknn", "ats", "evovit"} <= set(one["sets"][0]["methods"])
+    assert not page.wrong
 
 
 # ---- in the page, really computing
@@ -412,7 +413,8 @@ def test_the_page_computes_what_pytorch_computes(site, running):
     for set_, group in enumerate(carried["sets"]):
         assert set(group["onnx"]["models"]) == {m for m in group["methods"] if not looks.method_of(m).chooses.varies}
         for n, method in enumerate(group["methods"]):
-            i, at = n % len(group["images"]), max(20 + 6 * n, round(100 * looks.method_of(method).reduce.least_ratio) - 5)
+            i, least = n % len(group["images"]), looks.method_of(method).reduce.least_ratio
+            at = max(20 + 6 * n, round(100 * least) - 5)  # of the slider's places, a hundredth each
             if method not in group["onnx"]["models"]:
                 assert page.locator(".explorer .methods").get_by_label(NAMES[method], exact=True).is_disabled()
                 assert page.get_by_text("keep another number of tokens of every image").is_visible()

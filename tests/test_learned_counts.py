@@ -44,7 +44,7 @@ def pruned(method, class_token=True, **options):
     if hasattr(model, "score_predictor"):
         with torch.no_grad():
             for p in model.score_predictor.parameters():
-                p.normal_(std=0.2)
+                p.normal_(std=0.5 if method == "ia_red2" else 0.2)
     return model
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import COUNTED
 from conftest import held
 
 import tpbook
@@ -18,22 +19,28 @@ def test_eval(small, images, method, keep_ratio):
     torch.manual_seed(4)
     with tpbook.trace(model) as t:
         assert torch.equal(model(x), want)
-    counts = model.pruning.counts(36)
-    assert [k.shape for k in t.kept] == [(2, c.leave) for c in counts]
-    assert [s.shape for s in t.scores] == [(2, c.enter) for c in counts]
-    assert t.features.shape == (2, counts[-1].leave, 48) and t.decisions == []
+    counts, parts = model.pruning.counts(36), model.pruning.method
+    if parts.chooses.varies:  # as many as the image of the two that keeps more
+        assert [s.shape[1] for s in t.scores] == [36, *(k.shape[1] for k in t.kept[:-1])]
+        assert all(int((k >= 0).sum(1).max()) == k.shape[1] <= c.kept for k, c in zip(t.kept, counts, strict=True))
+    else:
+        assert [k.shape for k in t.kept] == [(2, c.leave) for c in counts]
+        assert [s.shape for s in t.scores] == [(2, c.enter) for c in counts]
+    left = 36 if parts.reduce.rejoins else t.kept[-1].shape[1]
+    assert t.features.shape == (2, left, 48) and t.decisions == []
     for kept in t.kept:
         for row in kept:
             patches = row[row >= 0]
             assert len(patches.unique()) == len(patches) and patches.max() < 36
-    for before, after in zip(t.kept, t.kept[1:]):
-        assert all(set(a.tolist()) <= set(b.tolist()) | {-1} for a, b in zip(after, before))
+    for before, after in zip(t.kept, t.kept[1:] if not parts.reduce.rejoins else ()):
+        added = {-2} if parts.chooses.varies else {-1}
+        assert all(set(a.tolist()) <= set(b.tolist()) | added for a, b in zip(after, before))
     assert held(model) == was and not any(m._forward_hooks for m in model.modules())
     model(x[:1])
     assert t.features.shape[0] == 2  # nobody looks any more
 
 
-@pytest.mark.parametrize("method", ["dtps", "etps"])
+@pytest.mark.parametrize("method", ["dtps", "etps", "tome", "dpcknn"])
 @torch.no_grad()
 def test_host(small, images, method):
     model = tpbook.prune(small(), method, keep_ratio=0.6)

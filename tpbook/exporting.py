@@ -75,15 +75,15 @@ def export(model, path, *, keep_ratio=None, keep=None, r=None, opset=17, weights
 
     Raises:
         TypeError: `model` is none of those, or an argument is of a wrong type.
-        ValueError: another argument that cannot be used; a model masked with when="always", or inside `tpbook.trace`, or
-            of which each image keeps another number; something in the model (a similarity function, say) that ONNX has
-            no words for.
+        ValueError: another argument that cannot be used; a model masked with when="always", or inside `tpbook.trace`,
+            or of which each image keeps another number; something in the model (a similarity function, say) that ONNX
+            has no words for.
         FileNotFoundError: the folder of `path` is not there.
         ImportError: onnx is not installed.
         OSError: the file could not be written. In every case nothing half-written is left.
 
     Warns:
-        UserWarning: `keep_ratio` is so small that a stage would keep no token; it keeps one. A stage cannot remove r.
+        UserWarning: `keep_ratio` is so small that a stage would keep no token; it keeps one. Or r is too large.
     """
     family = _check_model(model)
     fixed = _check_ratio(model, {"keep_ratio": keep_ratio, "keep": keep, "r": r})
@@ -132,8 +132,8 @@ def _check_model(model):
         raise ValueError('model is masked with when="always", which draws at random: tpbook.unmask it first')
     if is_pruned(model) and model.pruning.method.chooses.varies:
         raise ValueError(
-            f"model must keep as many tokens of every image, and {model.pruning.name} keeps another number of each: ONNX "
-            "has no words for that"
+            f"model must keep as many tokens of every image, and {model.pruning.name} keeps another number of each:"
+            " ONNX has no words for that"
         )
     looked_at = family.norm(model).__dict__.get("_plan")
     if looked_at is not None and looked_at.trace is not None:

@@ -62,6 +62,8 @@ def knob_counts(patches, ratios, method):
     state = rule.start(patches)
     for part in (ratios * BASE).round().clamp(0, BASE).long():  # r, ten-thousandths
         state, kept = rule.step(state, n - added, part, BASE)
+        if reduce.least_ratio:  # else the rule says so itself
+            kept = torch.where(part < BASE, kept, torch.as_tensor(n - added))
         kept = torch.maximum(kept, torch.as_tensor(reduce.least(n - added))) + added
         leave = kept + (kept < n).long() * reduce.adds
         counts.append(StageCount(n, kept, leave))

@@ -49,7 +49,7 @@ class Pruning:
         stages = [s for s, i in enumerate(self.at) if i in blocks]
         several = {"at": self.at, "keep_ratio": self.keep_ratio, "keep": self.keep}
         several = {name: tuple(value[s] for s in stages) for name, value in several.items() if isinstance(value, tuple)}
-        if self.r is not None:
+        if self.r is not None and len(stages) < len(self.at):
             several["r"] = [schedule(self.r, len(self.at))[s] for s in stages]
         return replace(self, **several)
 

@@ -34,7 +34,7 @@ window.tpbook ??= {};
       [above, below] = [above * share[0], below * share[1]];
       const own = enter - added; // without those that an earlier stage added, and that always stay
       const [whole, a, b] = of === "input" ? [patches, above, below] : [own, ...share];
-      const exact = Number((BigInt(whole) * a + (up ? b - 1n : 0n)) / b);
+      const exact = ratio === 1 ? own : Number((BigInt(whole) * a + (up ? b - 1n : 0n)) / b);
       const kept = Math.max(Number(evaluate(least, { enter: own })), exact) + added;
       const stage = { enter, kept, leave: kept < enter ? kept + adds : kept };
       if (protects) added += stage.leave - kept;

@@ -27,7 +27,7 @@ MASKED = "no score: chance, anew for each image", "4 of 8 are visible", "the oth
 
 
 def stage(method):
-    """Draw one stage at ρ = 0.5; at 0.7 where a method cannot go below that, at 1 where the image decides how many stay.
+    """Draw one stage at ρ = 0.5; at 0.7 where a method cannot go so low, at 1 where the image decides how many stay.
 
     Args:
         method: a name in `METHODS`, or "masked" for masked fine-tuning, which hides before block 0 as `random` drops.
@@ -81,7 +81,8 @@ def choice(method, ratio):
         The `Call` of the stage with its scores, and the tokens that are kept and the others, each in their order: (k,),
         (8 − k,). Of what is drawn or learned the scores are made up.
     """
-    x, every = torch.cat([torch.zeros(1, 3), TOKENS]).unsqueeze(0), torch.arange(8).unsqueeze(0)  # the class token first
+    x = torch.cat([torch.zeros(1, 3), TOKENS]).unsqueeze(0)  # (1, 9, 3), the class token first
+    every = torch.arange(8).unsqueeze(0)
     row = torch.cat([1 - SCORES.sum(dim=0, keepdim=True), SCORES]).unsqueeze(0)
     tokens = Tokens(x, (), every, every, heard=Heard(row, x, x.norm(dim=2)))
     score = method.score

@@ -14,7 +14,7 @@ def table(rows, methods, beside="topk"):
 
     Args:
         rows: dicts with "method", "macs", "n" and "correct"; and with "keep_ratio", "options" of `prune`, "trained",
-            "start", "data" and "seed" where they say anything.
+            "start", "data", "seed", and "name" and "level", which tell cells apart, where they say anything.
         methods: names, in the order of the table.
         beside: the other's name. Only rows of the same data, start and training are set beside each other.
 
@@ -25,12 +25,13 @@ def table(rows, methods, beside="topk"):
     cells = {}
     for row in sorted(rows, key=lambda row: str(row.get("seed"))):
         where = (row.get("data"), row.get("start"), row.get("trained", False))
-        cells.setdefault((row["method"], setting(row), where), []).append(row)
+        cells.setdefault((row["method"], setting(row), where, row.get("name"), row.get("level")), []).append(row)
     lines = []
     for method in methods:
-        for (_, how, where), mine in [(cell, mine) for cell, mine in cells.items() if cell[0] == method]:
+        for (_, how, where, name, _), mine in [(cell, mine) for cell, mine in cells.items() if cell[0] == method]:
             data, start, trained = where
-            line = {"method": LOOKS[method].title, "setting": how, "data": data, "start": start}
+            title = LOOKS[name].title if name in LOOKS else LOOKS[method].title
+            line = {"method": title, "setting": how, "data": data, "start": start}
             line |= {"trained": "yes" if trained else "no", "MACs, 10⁶": f"{_macs(mine):.0f}"}
             line["top-1, %"] = percent(_right(mine))
             others = [other for cell, other in cells.items() if cell[0] == beside and cell[2] == where]

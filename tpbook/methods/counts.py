@@ -130,6 +130,7 @@ def _stages(patches, keep_ratios, method):
     state, said, counts = rule.start(patches), [], []
     for ratio, wished in zip(exactly, keep_ratios):
         state, exact = rule.step(state, n - added, ratio.numerator * (base // ratio.denominator), base)
+        exact = n - added if ratio == 1 else exact  # more than the rule says, where a stage before had to leave more
         if isinstance(wished, (Wish, Fewer)):
             exact = min(int(wished), n - added) if isinstance(wished, Wish) else n - added - int(wished)
             state = rule.start(exact)
