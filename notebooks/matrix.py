@@ -251,6 +251,7 @@ FAMILY = {
     "ats": {"places": (None, (4, 8), (5, 9), (6, 9))},  # the first that can cost so much: on the digits it keeps few
     "evovit": {"places": ((4, 8),)},
     "package": {"recipe": "dynamicvit"},
+    "avit": {}, "adavit": {}, "ia_red2": {},  # which take no ratio: one row each, at the cost that they choose
 }  # fmt: skip
 
 
@@ -265,6 +266,8 @@ def setting(name, model, level, images=None):
         images: those that say what a method costs whose count depends on them.
     """
     how, method = FAMILY[name], method_of(name)
+    if level is None:
+        return {}
     target = macs(prune(load_backbone(model), "topk", keep_ratio=level))
     if how.get("r"):
         knob, values = "r", range(39, -1, -1)  # dearer and dearer
@@ -313,7 +316,7 @@ def fit_family(folder, seed, name, level):
     if said is None:
         return []
     method, changes = method_of(name), {key: said[key] for key in ("keep_ratio", "at") if key in said}
-    changes |= {"method": method, "options": {"r": said["r"]} if "r" in said else {}, "seed": seed}
+    changes |= {"method": method, "seed": seed, "epochs": 2, **({"options": {"r": said["r"]}} if "r" in said else {})}
     recipe = RECIPES / f"{FAMILY[name].get('recipe', method)}.yaml"
     path = place(folder / "family", (seed, name, level))
     result = train.run(recipe, path, progress=False, **changes)
@@ -338,12 +341,13 @@ def look_family(name, level):
 
 def family(folder):
     """Seed by seed, written after each, so that a stopped call leaves whole comparisons."""
-    every, begun = list(itertools.product(FAMILY, LEVELS)), time.perf_counter()
+    every = [(name, level) for name in FAMILY for level in (LEVELS if KNOWN[method_of(name)].chooses.counted else (None,))]
+    begun = time.perf_counter()
     rows = run([[(look_family, *one) for one in every]])
     for seed in SEEDS:
         rows += run([[(fit_family, folder, seed, *one) for one in every]])
         save("family", rows, begun)
-    return sorted(rows, key=lambda r: (list(FAMILY).index(r["name"]), -r["level"]))
+    return sorted(rows, key=lambda r: (list(FAMILY).index(r["name"]), -(r["level"] or 0)))
 
 
 PICTURES = {"nips2017-dev": data.nips2017_dev, "imagewoof2-160": partial(data.imagenette, "test", name="imagewoof2-160")}

@@ -62,6 +62,7 @@ def test_counts(rules, name):
             ratio = Fraction(str(ratio))
             share *= ratio
             exact = patches * share if told["count"]["of"] == "input" else n * ratio
+            exact = n if ratio == 1 else exact
             least = value(told["least"], {"enter": n})
             kept = max(least, math.ceil(exact) if told["count"]["up"] else math.floor(exact))
             said.append((n, kept, kept + told["adds"] if kept < n else kept))
