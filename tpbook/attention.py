@@ -116,8 +116,8 @@ class AttentionMask:
             )
         if any(getattr(self.heard, name) is None for name in self.reads):
             raise RuntimeError(
-                f"the method reads {' and '.join(self.reads)} of an attention, and this one is explicit, which hands its "
-                'logits on alone: build the model with fused attention (timm\'s fused_attn, or '
+                f"the method reads {' and '.join(self.reads)} of an attention, and this one is explicit, which hands "
+                "its logits on alone: build the model with fused attention (timm's fused_attn, or "
                 'attn_implementation="sdpa")'
             )
 

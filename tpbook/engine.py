@@ -48,15 +48,17 @@ def prune(model, method, *, keep_ratio=DEFAULT, at=None, keep=None, r=None, **op
         r: how many patch tokens to remove at each of all blocks (or at those of `at`) instead, ToMe's way: an int, a
             pair (int, inflection from −1 to 1) for a number that falls or rises from block to block, or a list of
             ints, one a block. Given with `keep_ratio` or `keep` it is an error. `model.r = …` changes it later.
-        **options: `score`, one of "predictor", "class_attention", "attention_received" (for models without a class
-            token), "random", "static", "keys", "attention_value", "density", "lasting_attention" (default: the method's own; before a block the attention is that of the block
+        **options: `score`, one of `tpbook.methods.SCORES`: "predictor", "class_attention", "attention_received" (for
+            models without a class token), "random", "static", "keys", "attention_value", "density",
+            "lasting_attention" … (default: the method's own; before a block the attention is that of the block
             before); `invert`, keep the worst tokens instead of the best; `seed`, an int that makes random scores the
             same in every forward of the same shape (None draws from torch's global generator); `fuse` (EViT), False
-            drops what would be fused; `similarity` (TPS), "cosine", "euclidean" or a function
-            (B, p, C), (B, k, C) → (B, p, k) that is at most 1; `fuse_weights` (EViT), "score" for sums by the score that
-            are never removed; `proportional` (ToMe), False for attention that does not count sizes; `rejoin_last`
-            (Evo-ViT), False leaves those that wait out of what the model hands to its head; `rejoin` (PVT, CvT), what a place whose token is gone
-            holds at the end of its map: "zero", "host" (methods that squeeze) or "last_seen".
+            drops what would be fused; `fuse_weights` (EViT), "score" for sums by the score that are never removed;
+            `similarity` (TPS), "cosine", "euclidean" or a function (B, p, C), (B, k, C) → (B, p, k) that is at most 1;
+            `proportional` (ToMe), False for attention that does not count sizes; `rejoin_last` (Evo-ViT), False
+            leaves those that wait out of what the model hands to its head; `gate_scale`, `gate_center` (A-ViT), γ and
+            β of its halting; `rejoin` (PVT, CvT), what a place whose token is gone holds at the end of its map:
+            "zero", "host" (methods that squeeze) or "last_seen".
 
     Returns:
         The same object. It gives plain logits in train and eval mode, and has `keep_ratio` and `pruning`. Learned
@@ -175,6 +177,8 @@ def _check_model(family, model, blocks, pruning):
                 f"{what} reads the class token's attention, and this model's cls_token is None: it may score by "
                 f"score='attention_received' where it does not fuse"
             )
+        if method.reduce.rejoins and len(pruning.at) > 1 and not method.score.lasting:
+            raise ValueError(f"{what} must have one stage, since tokens that wait are not heard, got at={pruning.at}")
         if method.place is Place.BEFORE and pruning.at[0] == 0:
             raise ValueError(f"{what} reads the attention of the block before, so at={pruning.at} must start above 0")
         for i in pruning.listeners:

@@ -95,7 +95,8 @@ def count(model, image_size=None):
             how many tokens are kept depends on them.
     """
     if isinstance(image_size, torch.Tensor):
-        return [_count(*family_of(model).at_size(model, tuple(image.shape[-2:])), image) for image in image_size.split(1)]
+        model, size = family_of(model).at_size(model, tuple(image_size.shape[-2:]))
+        return [_count(model, size, image) for image in image_size.split(1)]
     _check_countable(model)
     return _count(*family_of(model).at_size(model, image_size))
 

@@ -94,8 +94,8 @@ class Sized:
 class Plan:
     """What the blocks of a pruned model share: read by every forward, written by none.
 
-    `onnx_plan.py` overrides `counts`, `keeps_all`, `rank` and `choose`. A model whose map changes between its blocks has a
-    plan for each map, and `Plans` of them.
+    `onnx_plan.py` overrides `counts`, `keeps_all`, `rank` and `choose`. A model whose map changes between its blocks
+    has a plan for each map, and `Plans` of them.
     """
 
     decides = True  # on the tokens that come out

@@ -10,8 +10,8 @@ import functools
 from dataclasses import replace
 
 from .checks import check_keep, check_keep_ratio
-from .methods.schedule import check_r
 from .methods.parts import Place
+from .methods.schedule import check_r
 from .record import close
 from .tokens import Tokens, check_intact
 

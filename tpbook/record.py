@@ -33,8 +33,8 @@ class Trace:
     """One (B, n_s) int64 a stage, the original patch of each surviving token, in token order; −1 for a fused token, −2
     where an image keeps fewer than others of its batch."""
     host: list[Tensor] = field(default_factory=list)
-    """Where tokens are squeezed, merged or clustered, one (B, N) int64 a stage, the original patch whose token now carries
-    each patch; itself for kept ones."""
+    """Where tokens are squeezed, merged or clustered, one (B, N) int64 a stage, the original patch whose token now
+    carries each patch; itself for kept ones."""
     sizes: list[Tensor] = field(default_factory=list)
     """Where tokens merge, one (B, n_s) float32 a stage, how many patches each surviving token stands for."""
     scores: list[Tensor] = field(default_factory=list)

@@ -78,7 +78,8 @@ class Tokens(NamedTuple):
     host: Tensor | None = None
     """(B, N) int64, the original patch whose token carries each patch; None with `patch`."""
     keep: Tensor | None = None
-    """(B, n), which tokens count: D while a learned method trains; 0 for padding where images keep different numbers."""
+    """(B, n), which tokens count: D while a learned method trains; 0 for padding, where images keep different
+    numbers."""
     size: Tensor | None = None
     """(B, n) float32, how many patches each token stands for, where tokens merge; None while each stands for one."""
     state: tuple | None = None

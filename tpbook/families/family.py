@@ -16,8 +16,8 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from torch import nn
 
 from ..checks import default_at
-from ..mixing import enter, leave
 from ..methods.parts import Place
+from ..mixing import enter, leave
 from ..plan import Plan, Plans
 from ..pruned import PrunedBlock
 from ..record import Traced

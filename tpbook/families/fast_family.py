@@ -82,7 +82,7 @@ class FastPath(Family):
                 f"score and moves no token, got {pruning.name!r} with score={pruning.method.score.name!r}"
             )
         if pruning.r is not None:
-            return f"r must be left unset on a {self.name}, none of whose positions go: use keep_ratio, got {pruning.r!r}"
+            return f"r must be left unset on a {self.name}, whose positions stay: use keep_ratio, got {pruning.r!r}"
         try:
             FastPruning(**vars(pruning))
         except ValueError as why:

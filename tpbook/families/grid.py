@@ -71,8 +71,8 @@ class Grid(Family):
             return f"rejoin='host' needs a method that squeezes tokens into hosts, and {pruning.name} does not"
         if method.reads or method.reduce.rejoins or method.chooses.varies:
             return (
-                f"{pruning.name} with score={method.score.name!r} cannot run on a {self.name}: it reads keys or values of "
-                "its tokens, or brings them back, or keeps another number of each image"
+                f"{pruning.name} with score={method.score.name!r} cannot run on a {self.name}: it reads keys or values "
+                "of its tokens, or brings them back, or keeps another number of each image"
             )
         if method.reduce.adds:
             return f"{pruning.name} fuses tokens into one that has no place on the map of a {self.name}"

@@ -7,11 +7,12 @@ Between the attention and the MLP of each pruned block, of n patch tokens::
     u_k = f + (1 − f)·k/(K − 1),   k = 0 … K − 1,   f the smallest F_j > 0
     kept = {argmin_j |F_j − u_k|}, in ascending order: points that fall on the same token keep it once     `Sample`
 
-K points are at most K tokens; an image whose attention gathers on a few tokens keeps few. The token with the least score
-has F = 0 and is never drawn, so every stage removes at least one, at ρ = 1 too.
+K points are at most K tokens; an image whose attention gathers on a few tokens keeps few. The token with the least
+score has F = 0 and is never drawn, so every stage removes at least one, at ρ = 1 too.
 
-A batch is padded to its longest image (compiled, to K tokens). Padding has no part in any sum, neither here nor in the attention (−∞ on its
-key), so an image's result does not depend on its batch; in the official code it does, since its padding enters F.
+A batch is padded to its longest image (compiled, to K tokens). Padding has no part in any sum, neither here nor in the
+attention (−∞ on its key), so an image's result does not depend on its batch; in the official code it does, since its
+padding enters F.
 
 K = ⌊ρ₁⋯ρ_s·N⌋, so ρ = 1 is the released setting, K = N at every stage. Fewer points are our reading: the official code
 fails with them. Haurum et al. (2023) and others sample in other ways under the same name.
@@ -43,8 +44,8 @@ def sample(scores, count, alive=None):
         alive: (B, n) bool, the tokens that are there; None for all.
 
     Returns:
-        order (B, k) int64, positions of the sampled tokens by ascending score, padded with others, and alive (B, k) bool,
-        those that were sampled; k is the most that an image keeps.
+        order (B, k) int64, positions of the sampled tokens by ascending score, padded with others, and alive (B, k)
+        bool, those that were sampled; k is the most that an image keeps.
     """
     scores = scores.float()
     if alive is not None:

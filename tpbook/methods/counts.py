@@ -1,8 +1,9 @@
 """How many tokens a stage keeps: three rules, in exact decimal arithmetic.
 
 `floor` (DynamicViT, dTPS, random) keeps ⌊ρ₁⋯ρ_s·N⌋ of the N patches at the input, `ceil` (EViT, eTPS) ⌈ρ_s·n⌉ of the n
-tokens that enter the stage, `floor_entering` (Evo-ViT) ⌊ρ_s·n⌋ of them. ρ_s = r_s / b is a quotient of whole numbers, so 100 · 0.7² keeps 49 and ⌈0.55 · 100⌉ keeps
-55, though in floats both come out wrong. The rules take Python's ints, and int64 tensors where a graph is exported.
+tokens that enter the stage, `floor_entering` (Evo-ViT) ⌊ρ_s·n⌋ of them. ρ_s = r_s / b is a quotient of whole numbers,
+so 100 · 0.7² keeps 49 and ⌈0.55 · 100⌉ keeps 55, though in floats both come out wrong. The rules take Python's ints,
+and int64 tensors where a graph is exported.
 
 Chapter: :doc:`/book/where-the-cost-is`
 """

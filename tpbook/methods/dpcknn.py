@@ -1,4 +1,4 @@
-"""DPC-KNN (Zeng et al. 2022, as Haurum et al. 2023 run it): tokens are clustered by density, each cluster becomes its mean.
+"""DPC-KNN (Zeng et al. 2022, as Haurum et al. 2023 run it): clusters by density, each of which becomes its mean.
 
 Before each pruned block, of n patch tokens x of C channels, with no attention and no class token::
 

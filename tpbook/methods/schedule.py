@@ -1,9 +1,9 @@
-"""How many tokens each block removes, where that is said by r and not by a keep ratio: ToMe's schedules (Bolya et al. 2023).
+"""How many tokens each block removes, where r says it and not a keep ratio: ToMe's schedules (Bolya et al. 2023).
 
-An int removes as many everywhere. A pair (r, f) changes from block to block along a line, f from −1 to 1, with about the
-same sum: the first of L blocks removes a = ⌊r·(1 − f)⌋, the last one b = 2r − a, block i ⌊a + i·(b − a)/(L − 1)⌋, so
-(16, −1) begins with 32 and ends with 0. The floors make a falling schedule remove fewer in all. A list says it block by
-block, and those after its end remove none. (``parse_r`` of the official code.)
+An int removes as many everywhere. A pair (r, f) changes from block to block along a line, f from −1 to 1, with about
+the same sum: the first of L blocks removes a = ⌊r·(1 − f)⌋, the last one b = 2r − a, block i ⌊a + i·(b − a)/(L − 1)⌋,
+so (16, −1) begins with 32 and ends with 0. The floors make a falling schedule remove fewer in all. A list says it block
+by block, and those after its end remove none. (``parse_r`` of the official code.)
 
 Chapter: :doc:`/book/merging`
 """
@@ -15,7 +15,8 @@ def check_r(r, stages):
     """What `prune` takes as `r`, made of plain numbers: an int, a pair (int, float), or a list of ints.
 
     Raises:
-        TypeError, ValueError: it is none of those, below 0, longer than the stages, or its inflection is not in [−1, 1].
+        TypeError, ValueError: it is none of those, below 0, longer than the stages, or its inflection is not in
+            [−1, 1].
     """
     if isinstance(r, list):
         if len(r) > stages:

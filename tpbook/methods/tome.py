@@ -14,8 +14,8 @@ block splits the new sequence anew. How many go is said by r (`schedule.py`), or
 Haurum et al. (2023) do: then ⌊ρ₁⋯ρ_s·N⌋ stay, or half where that is more, and ρ below ½ is refused.
 
 Our choices: all prefix tokens are protected, registers too; without a class token A keeps its order as well (the
-official code leaves it sorted by similarity); a model that rotates or norms its keys compares those. `score=` other than
-the pairs' chooses who goes, and each joins the kept token with the most similar key.
+official code leaves it sorted by similarity); a model that rotates or norms its keys compares those. `score=` other
+than the pairs' chooses who goes, and each joins the kept token with the most similar key.
 
 Chapter: :doc:`/book/merging`
 """
@@ -72,7 +72,7 @@ def unit(keys):
 def merge(x, size, stay, go, host, first=0):
     """Average tokens into others, by how many patches each stands for.
 
-    What is computed is x_j + Σ_{i → j} (s_i / s'_j)(x_i − x_j), which is the average, and touches only the rows that go.
+    What is computed is x_j + Σ_{i → j} (s_i / s'_j)(x_i − x_j): the average, and it touches only the rows that go.
 
     Args:
         x: (B, P + n, C).
