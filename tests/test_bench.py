@@ -239,7 +239,10 @@ def test_one_graph_for_every_ratio_and_batch(small, images, method):
             torch.manual_seed(0)
             want = model(x)
             torch.manual_seed(0)
-            assert torch.equal(compiled(x), want)
+            if model.pruning.method.chooses.varies:  # compiled, padding is that of the longest that there may be
+                torch.testing.assert_close(compiled(x), want, atol=1e-5, rtol=1e-5)
+            else:
+                assert torch.equal(compiled(x), want)
     torch._dynamo.reset()
 
 

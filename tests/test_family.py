@@ -247,13 +247,13 @@ def test_merging_is_setting_patches_alike(small, images, family):
     assert model.num_prefix_tokens == PREFIXES[family]
     want = [merging(model, image, rs) for image in x.split(1)]
     logits, t = traced(tpbook.prune(model, "tome", r=list(rs)), x)
-    for b, (answer, seen) in enumerate(want):
+    for b, (wanted, seen) in enumerate(want):
         for s, groups in enumerate(seen):
             mine = [sorted((t.host[s][b] == p).nonzero().flatten().tolist()) for p in t.kept[s][b]]
             assert mine == groups, (b, s)
             if t.sizes:
                 assert t.sizes[s - len(seen)][b].tolist() == [len(group) for group in groups]
-        torch.testing.assert_close(logits[b : b + 1], answer, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[b : b + 1], wanted, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["max", "avgmax"])
@@ -420,7 +420,9 @@ def waiting(model, image, at, count, rejoin_last=True):
     return model.forward_head(model.norm(x[:, [*range(prefix), *(prefix + p for p in last)]])), kept
 
 
-@pytest.mark.parametrize("family, rejoin_last", [("deit", True), ("dinov2_reg", True), ("average", True), ("average", False)])
+@pytest.mark.parametrize(
+    "family, rejoin_last", [("deit", True), ("dinov2_reg", True), ("average", True), ("average", False)]
+)
 @pytest.mark.parametrize("at", [(1, 3), (2, 3, 4, 5)])
 @torch.no_grad()
 def test_evovit_by_masks(small, images, family, rejoin_last, at):
@@ -449,7 +451,7 @@ def test_a_mean_by_weight_where_nobody_asks_for_weights():
 
 
 def alike(dense, s, x, attention):
-    """Rewrite of `Dense`: each host has the mean of what it carries by size, and as many patches in attention and pool."""
+    """Rewrite of `Dense`: a host has the mean of what it carries, by size, and weighs as much in attention and pool."""
     carrier = dense.hosts[s]
     sizes = torch.ones(x.shape[1]) if dense.sizes is None else dense.sizes
     y, new = x.clone(), torch.ones(x.shape[1])
@@ -488,9 +490,11 @@ def can(name, method):
     return method in ("tome", "dpcknn") or family.has_class_token(model)
 
 
-@pytest.mark.parametrize("name, method", [(name, method) for name in BUILDERS for method in MERGES if can(name, method)])
+@pytest.mark.parametrize(
+    "name, method", [(name, method) for name in BUILDERS for method in MERGES if can(name, method)]
+)
 def test_on_every_backbone(name, method):
-    """Nothing removed is the dense model to the last bit; else it is a dense model at full length that hides and averages.
+    """Nothing removed is the dense model to the last bit; else it is one at full length that hides and averages.
 
     With gradients on, since `nn.MultiheadAttention` calls nothing that the reference can hide keys in otherwise.
     """
@@ -622,13 +626,12 @@ def test_evovit_writes_nothing_in_place_and_waiting_tokens_learn(small, images):
     model = tpbook.prune(small("average"), "evovit", keep_ratio=0.5, at=(1, 3)).eval()
     x, seen = images(model), []
 
-    def tensors(x):
-        return [v for v in (x, *(x.state or ()))if isinstance(v, torch.Tensor)] if isinstance(x, Tokens) else [x]
+    def enters(block, args):
+        parts = (args[0].x, *(args[0].state or ())) if isinstance(args[0], Tokens) else args
+        seen.extend((v, v.detach().clone()) for v in parts if isinstance(v, torch.Tensor))
 
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda block, args: seen.extend(
-            (v, v.detach().clone()) for v in (*tensors(args[0]), *([args[0].x] if isinstance(args[0], Tokens) else []))
-        ))  # fmt: skip
+        block.register_forward_pre_hook(enters)
     image = x.clone().requires_grad_()
     with tpbook.trace(model) as t:
         logits = model(image)
@@ -691,14 +694,13 @@ def test_wrong_arguments_are_named(small, images, family, method, options, messa
 
 
 @pytest.mark.parametrize("name, method, options, message", [
-    ("swin", "tome", {"r": 4}, "method must be one of dynamicvit.*'tome'"), ("swin", "dynamicvit", {"r": 4}, "^r must be"),
+    ("swin", "tome", {"r": 4}, "method must be one of dynamicvit.*'tome'"),
+    ("swin", "dynamicvit", {"r": 4}, "^r must be"),
     ("pvt", "tome", {}, "tome.*cannot run on"), ("pvt", "ats", {}, "ats.*cannot run on"),
     ("pvt", "evovit", {}, "evovit.*cannot run on"),
 ])  # fmt: skip
 def test_what_a_backbone_cannot_is_named(name, method, options, message):
-    model = {
-        "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224"), "pvt": lambda: timm.create_model("pvt_v2_b0"),
-    }[name]()  # fmt: skip
+    model = timm.create_model({"swin": "swin_tiny_patch4_window7_224", "pvt": "pvt_v2_b0"}[name])
     with pytest.raises((TypeError, ValueError), match=message):
         tpbook.prune(model, method, **options)
     assert not is_pruned(model)

@@ -65,6 +65,8 @@ def test_counters_agree(small, family):
         for score in ("predictor", "class_attention", "static"):
             if model.cls_token is None and (score == "class_attention" or method == "evit"):
                 continue
+            if METHODS[method].reduce.rejoins and score == "class_attention":  # of one stage alone
+                continue
             tpbook.prune(model, method, keep_ratio=(0.6, 1.0, 0.5), score=score)
             assert flops.count(model) == flops.closed_form(model)
             tpbook.unprune(model)
