@@ -299,11 +299,11 @@ def canvases(number=200):
     return data.digits("test").images[:number]
 
 
-def family_row(name, said, seed, correct, model, **more):
+def family_row(name, said, seed, correct, pruned, **more):
     """A row of a method of `FAMILY`, pruned by what `setting` said."""
     images = data.digits("test").images if "data" not in more else pictures(more["data"])[0]
     return row(seed, more.pop("start", "untouched"), method_of(name), said.get("keep_ratio"), correct, name=name, **more,
-               options={key: said[key] for key in ("r", "at") if key in said}, macs=round(macs(model, images)))  # fmt: skip
+               options={key: said[key] for key in ("r", "at") if key in said}, macs=round(macs(pruned, images)))  # fmt: skip
 
 
 def method_of(name):
@@ -383,7 +383,7 @@ def look_pretrained(name, level, model="deit_tiny_patch16_224"):
 
 
 @torch.inference_mode()
-def clock(model="deit_tiny_patch16_224", batch=32, rounds=31):
+def clock(model="deit_tiny_patch16_224", batch=8, rounds=15):
     """How many times as fast as dense each is, in turns, on all cores: {level: {method: [median, low, high]}}."""
     images, found = pictures("nips2017-dev")[0], {}
     torch.set_num_threads(os.cpu_count())
@@ -403,7 +403,7 @@ def pretrained(folder):
     free = [name for name in FAMILY if not KNOWN[method_of(name)].score.learned]
     wave = [(look_pretrained, "dense", 1.0), *((look_pretrained, *one) for one in itertools.product(free, LEVELS))]
     rows = run([wave])
-    MORE["pretrained"] = {"times": clock()}
+    MORE["pretrained"] = {"times": clock(), "batch": 8}
     return sorted(rows, key=lambda r: (["dense", *FAMILY].index(r["name"]), -r["level"]))
 
 

@@ -90,7 +90,9 @@ TEMPLATE = [
 ]  # fmt: skip
 
 
-CHAPTERS = ("masked-fine-tuning", "dynamicvit", "evit", "tps", "merging", "a-count-for-each-image", "tokens-that-come-back")
+CHAPTERS = (
+    "masked-fine-tuning", "dynamicvit", "evit", "tps", "merging", "a-count-for-each-image", "tokens-that-come-back"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

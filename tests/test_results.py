@@ -181,9 +181,11 @@ def test_the_family_is_set_beside_one_method_at_the_nearest_cost():
         return {"method": method, "macs": macs, "trained": trained, "n": 8, "correct": results.pack(bits), **more}
 
     rows = [
-        row("topk", 80e6, "11110000", keep_ratio=0.7, seed=0), row("topk", 80e6, "11110000", keep_ratio=0.7, seed=1),
+        row("topk", 80e6, "11110000", keep_ratio=0.7, seed=0),
+        row("topk", 80e6, "11110000", keep_ratio=0.7, seed=1),
         row("topk", 60e6, "00000000", keep_ratio=0.5, seed=0), row("topk", 79e6, "00000000", False, keep_ratio=0.7),
-        row("tome", 78e6, "11111100", options={"r": 13}, seed=1), row("tome", 78e6, "11111000", options={"r": 13}, seed=0),
+        row("tome", 78e6, "11111100", options={"r": 13}, seed=1),
+        row("tome", 78e6, "11111000", options={"r": 13}, seed=0),
     ]  # fmt: skip
     [line] = family.table(rows, ("tome",))
     assert (line["method"], line["setting"], line["trained"], line["MACs, 10⁶"]) == ("ToMe", "r = 13", "yes", "78")

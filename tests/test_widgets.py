@@ -258,7 +258,9 @@ def test_the_widget_leaves_the_readers_model_alone(small):
     model = small()
     before = model(torch.ones(1, 3, 96, 96))
     widget = widgets.explorer(model, [Image.new("RGB", (96, 96))])
-    assert list(widget.models) == ["evit", "evit, no fusion", "topk", "etps", "random"]
+    assert list(widget.models) == [
+        "evit", "evit, no fusion", "topk", "etps", "tome", "ats", "dpcknn", "evovit", "random"
+    ]  # fmt: skip
     assert widget.model is not model and type(model).__name__ == "VisionTransformer"
     assert torch.equal(model(torch.ones(1, 3, 96, 96)), before)
 
@@ -334,11 +336,11 @@ def test_the_widget_refuses_a_start_that_cannot_be(arguments, error, said):
         widgets.explorer(**arguments)
 
 
-def test_a_model_without_class_token_is_pruned_at_random(small, asked):
+def test_a_model_without_class_token_is_pruned_by_what_needs_none(small, asked):
     widget = widgets.explorer(small("siglip"), [Image.new("RGB", (96, 96))], method="random")
-    assert list(widget.models) == ["random"]
+    assert list(widget.models) == ["tome", "dpcknn", "random"]
     assert len(asked(widget, kind="state", image=0, method="random", ratio=0.5, at=[1, 3])["kept"]) == 2
-    with pytest.raises(ValueError, match="method must be one of random for this model, got 'evit'"):
+    with pytest.raises(ValueError, match="method must be one of tome, dpcknn, random for this model, got 'evit'"):
         widgets.explorer(small("siglip"))
 
 

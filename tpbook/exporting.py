@@ -40,7 +40,7 @@ from .engine import is_pruned
 from .families import family_of
 from .families.registry import known
 from .masking import PatchMask
-from .methods.schedule import check_r
+from .methods.schedule import check_r, schedule
 from .mixing import mixed
 from .onnx_graph import halve, load_onnx, settle, split
 from .onnx_ops import Plain, quiet
@@ -231,7 +231,9 @@ def _metadata(model, family, fixed):
     pruning, config = getattr(model, "pruning", None), getattr(model, "pretrained_cfg", None) or {}
     method = pruning.method if pruning else None
     mean, std = (config.get(key) for key in ("mean", "std"))
-    one = {name: getattr(fixed, name, None) for name in ("keep_ratio", "keep", "r")}
+    one = {name: getattr(fixed, name, None) for name in ("keep_ratio", "keep")}
+    if fixed and fixed.r is not None:
+        one["r"] = schedule(fixed.r, len(fixed.at))  # one a stage
     return {
         "method": pruning.name if pruning else None,
         "score": method.score.name if method else None,

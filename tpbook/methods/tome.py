@@ -14,8 +14,10 @@ block splits the new sequence anew. How many go is said by r (`schedule.py`), or
 Haurum et al. (2023) do: then ⌊ρ₁⋯ρ_s·N⌋ stay, or half where that is more, and ρ below ½ is refused.
 
 Our choices: all prefix tokens are protected, registers too; without a class token A keeps its order as well (the
-official code leaves it sorted by similarity); a model that rotates or norms its keys compares those. `score=` other
-than the pairs' chooses who goes, and each joins the kept token with the most similar key.
+official code leaves it sorted by similarity); a model that rotates or norms its keys compares those. Pools weigh a
+token by its size, attention pools too, but for those that take no mask (Hugging Face's SigLIP, open_clip's attentional
+pool), which count it once. `score=` other than the pairs' chooses who goes, and each joins the kept token with the most
+similar key.
 
 Chapter: :doc:`/book/merging`
 """
