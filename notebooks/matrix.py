@@ -310,6 +310,12 @@ def method_of(name):
     return FAMILY.get(name, {}).get("method", name)
 
 
+def needs_no_training(name):
+    """Whether it runs on a trained model as it is: nothing is learned, and it takes a keep ratio."""
+    method = KNOWN[method_of(name)]
+    return method.chooses.counted and not method.score.learned
+
+
 def fit_family(folder, seed, name, level):
     """One training of a method at the MACs of a level → its row."""
     said = setting(name, "vit_digits_patch4_56", level, canvases())
@@ -328,11 +334,10 @@ def fit_family(folder, seed, name, level):
 def look_family(name, level):
     """A method that needs no training, on the backbone as it is."""
     said = setting(name, "vit_digits_patch4_56", level, canvases())
-    method = KNOWN[method_of(name)]
-    if said is None or method.score.learned:
+    if said is None or not needs_no_training(name):
         return []
     rows = []
-    for seed in SEEDS if method.score.drawn else (None,):
+    for seed in SEEDS if KNOWN[method_of(name)].score.drawn else (None,):
         drawn = {} if seed is None else {"seed": seed}
         model = prune(load_backbone("vit_digits_patch4_56"), method_of(name), **said, **drawn)
         rows.append(family_row(name, said, seed, right(model), model, trained=False, level=level))
@@ -365,7 +370,7 @@ def pictures(name, model="deit_tiny_patch16_224"):
 def look_pretrained(name, level, model="deit_tiny_patch16_224"):
     """A method that needs no training on a pretrained model: a row for each set of photographs; "dense" prunes nothing."""
     torch.set_num_threads(1)
-    said = {} if name == "dense" else setting(name, model, level, pictures("nips2017-dev")[0][:200])
+    said = {} if name == "dense" else setting(name, model, level, pictures("nips2017-dev")[0][:100])
     if said is None:
         return []
     pruned = load_backbone(model).eval()
@@ -391,7 +396,7 @@ def clock(model="deit_tiny_patch16_224", batch=8, rounds=15):
         models = {"dense": load_backbone(model).eval()}
         for name in FAMILY:
             method = method_of(name)
-            if KNOWN[method].score.learned or (said := setting(name, model, level, images[:200])) is None:
+            if not needs_no_training(name) or (said := setting(name, model, level, images[:100])) is None:
                 continue
             models[name] = prune(load_backbone(model).eval(), method, **said)
         seconds = interleaved({n: partial(m, images[:batch]) for n, m in models.items()}, rounds)
@@ -400,7 +405,7 @@ def clock(model="deit_tiny_patch16_224", batch=8, rounds=15):
 
 
 def pretrained(folder):
-    free = [name for name in FAMILY if not KNOWN[method_of(name)].score.learned]
+    free = [name for name in FAMILY if needs_no_training(name)]
     wave = [(look_pretrained, "dense", 1.0), *((look_pretrained, *one) for one in itertools.product(free, LEVELS))]
     rows = run([wave])
     MORE["pretrained"] = {"times": clock(), "batch": 8}
