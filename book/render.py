@@ -6,6 +6,7 @@ number typed by hand.
 """
 
 import importlib.metadata
+import io
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import nbformat
 import pack
 import pandas as pd
 import yaml
+from PIL import Image
 
 from tpbook.book import cost, results
 
@@ -104,6 +106,17 @@ def status(out):
     }  # fmt: skip
 
 
+def fewer_colours(html):
+    """Drawings of notebooks in 256 colours, which is what they have at most to the eye, and half the bytes."""
+    for path in (html / "_images").glob("*.png"):
+        picture = Image.open(path).convert("RGBA")
+        if picture.getextrema()[3] == (255, 255):  # none of it is transparent
+            smaller = io.BytesIO()
+            picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(smaller, "PNG", optimize=True)
+            if smaller.tell() < path.stat().st_size:
+                path.write_bytes(smaller.getvalue())
+
+
 def share_pictures(html):
     """Keep once what a page and a notebook both show: Sphinx copies a notebook's pictures under names of their own."""
     first, again = {}, {}  # contents → file; name of a copy → name of the file
@@ -130,10 +143,12 @@ if __name__ == "__main__":
     site = lay_out(Path(sys.argv[1]).resolve())
     command = [Path(sys.executable).with_name("jupyter-book"), "build", site, "-W", "-n", "--keep-going", "--quiet"]
     code = subprocess.run(command).returncode
-    for pattern in ("*.map", "*.ttf"):  # for debuggers of the theme, and for browsers that know no .woff2 beside it
+    # for debuggers of the theme, for browsers that know no .woff2 beside it, and its words in other languages
+    for pattern in ("*.map", "*.ttf", "*.mo", "*.po"):
         for path in (site / "_build/html/_static").rglob(pattern):
             path.unlink()
     if code == 0:
+        fewer_colours(site / "_build/html")
         share_pictures(site / "_build/html")
         hand_out_notebooks(site / "_build/html")
     sys.exit(code)

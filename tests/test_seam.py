@@ -652,7 +652,7 @@ def test_the_knob_of_a_compiled_model(small, dynamo, method):
         model.keep_ratio = plain.keep_ratio = ratio
         torch.testing.assert_close(compiled(x), plain(x), atol=1e-5, rtol=1e-5)
     assert counter.frame_count <= 3
-    model.keep_ratio = plain.keep_ratio = (0.9, max(0.45, least))
+    model.keep_ratio = plain.keep_ratio = (0.9, max(0.45, least))[-len(model.pruning.at) :]
     torch.testing.assert_close(compiled(x), plain(x), atol=1e-5, rtol=1e-5)
 
 
@@ -1010,7 +1010,7 @@ def subject():
 worked = {}
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(arguments())
 @pytest.mark.filterwarnings("ignore:keep_ratio=.* would keep none")
 @torch.no_grad()

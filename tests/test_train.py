@@ -56,7 +56,7 @@ def test_committed_recipes_are_whole(path):
         ({"epochs": "three"}, TypeError, "epochs must be int, got 'three'"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"lr": "fast"}, TypeError, "lr must be float, got 'fast'"),
-        ({"method": "tome"}, ValueError, "method must be one of '', 'dynamicvit'.*got 'tome'"),
+        ({"method": "spvit"}, ValueError, "method must be one of '', 'dynamicvit'.*got 'spvit'"),
         ({"token_loss": "l1"}, ValueError, "token_loss must be one of 'mse', 'kl', got 'l1'"),
         ({"precision": "fp8"}, ValueError, "precision must be one of 'fp32', 'bf16', 'fp16', got 'fp8'"),
         ({"keep_warmup": [1]}, TypeError, r"keep_warmup must be tuple.*got \[1\]"),
