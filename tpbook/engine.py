@@ -135,16 +135,16 @@ def _check(family, model, blocks, name, keep_ratio, at, keep, r, options):
     method = replace(method, score=score, reduce=reduce)
     if options.get("invert") and not method.chooses.inverts:
         raise ValueError(f"invert must be False for {name}, which has no worst tokens to keep")
-    if r is not None and not (isinstance(keep_ratio, Default) and keep is None):
-        given = "keep" if isinstance(keep_ratio, Default) else "keep_ratio"
-        raise ValueError(f"r and {given} must not both be given, got r={r!r} and {given}={locals()[given]!r}")
     given = {"keep_ratio": None if isinstance(keep_ratio, Default) else keep_ratio, "keep": keep, "r": r}
+    given = {argument: value for argument, value in given.items() if value is not None}
     counted = method.chooses.counted
     for argument, value in given.items():
-        if not counted and value is not None:
+        if not counted:
             raise ValueError(
                 f"{argument} must be left unset for {name}, whose tokens decide how many stay, got {value!r}"
             )
+        if r is not None and argument != "r":
+            raise ValueError(f"r and {argument} must not both be given, got r={r!r} and {argument}={value!r}")
     if at is not None:
         at = check_at(at, len(blocks))
     elif method.score.every is not None:

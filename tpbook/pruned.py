@@ -83,8 +83,7 @@ class PrunedModel:
 
     @keep_ratio.setter
     def keep_ratio(self, ratio):
-        pruning = _counted(self._plan.pruning, "keep_ratio", ratio)
-        self._plan.adopt(replace(pruning, keep_ratio=check_keep_ratio(ratio, len(pruning.at)), keep=None, r=None))
+        self._turn("keep_ratio", ratio, check_keep_ratio, len(self.pruning.at))
 
     def shares(self, decisions):
         """What a learned method trains towards: the share of the tokens to keep after each stage, of its decisions."""
@@ -97,11 +96,7 @@ class PrunedModel:
 
     @keep.setter
     def keep(self, number):
-        pruning = _counted(self._plan.pruning, "keep", number)
-        if number is None:
-            raise TypeError("keep must be an int or a sequence of ints, got None: set keep_ratio instead")
-        number = check_keep(number, [plan.patches for plan in self._plan.plans for _ in plan.pruning.at])
-        self._plan.adopt(replace(pruning, keep_ratio=None, keep=number, r=None))
+        self._turn("keep", number, check_keep, [plan.patches for plan in self._plan.plans for _ in plan.pruning.at])
 
     @property
     def r(self):
@@ -110,16 +105,15 @@ class PrunedModel:
 
     @r.setter
     def r(self, number):
-        pruning = _counted(self._plan.pruning, "r", number)
-        if number is None:
-            raise TypeError("r must be an int, a pair (int, inflection) or a list of ints, got None: set keep_ratio")
-        self._plan.adopt(replace(pruning, keep_ratio=None, keep=None, r=check_r(number, len(pruning.at))))
+        self._turn("r", number, check_r, len(self.pruning.at))
 
-
-def _counted(pruning, name, value):
-    """The `Pruning`; ValueError where how many tokens stay is not to be said."""
-    if not pruning.method.chooses.counted:
-        raise ValueError(
-            f"{name} must be left unset for {pruning.name}, whose tokens decide how many stay, got {value!r}"
-        )
-    return pruning
+    def _turn(self, knob, value, check, stages):
+        """Let `knob` alone say how many tokens stay: `check(value, stages)` of it; raises if it cannot be."""
+        pruning = self.pruning
+        if not pruning.method.chooses.counted:
+            raise ValueError(
+                f"{knob} must be left unset for {pruning.name}, whose tokens decide how many stay, got {value!r}"
+            )
+        if value is None:
+            raise TypeError(f"{knob} must be numbers, got None: set another of keep_ratio, keep and r instead")
+        self._plan.adopt(replace(pruning, **{"keep_ratio": None, "keep": None, "r": None, knob: check(value, stages)}))
