@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import AXE, CHROMIUM, serious
 from PIL import Image
+from test_export import assert_kept
 from test_site import WIDE, browser_needed, every_site
 
 import tpbook
@@ -432,7 +433,9 @@ def test_the_page_computes_what_pytorch_computes(site, running):
             x = torch.tensor(page.evaluate(SEEN, [set_, i])).view(1, model.in_chans, *model.patch_embed.img_size)
             t, logits = computed(model, x, request)
             assert state["logits"] == pytest.approx(logits.tolist(), abs=1e-4)
-            assert state["kept"] == [kept[0].tolist() for kept in t.kept]
+            assert len(state["kept"]) == len(t.kept)
+            for s, kept in enumerate(state["kept"]):
+                assert_kept(np.array([kept]), s, t, 196)
             same_hosts_and_cost(state, model, t, x)
             if not photographs:  # its pictures are PNGs
                 torch.testing.assert_close(x, widgets.input_of(group["images"][i]["src"], model))

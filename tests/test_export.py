@@ -212,7 +212,7 @@ def test_one_ratio_is_noted(small, tmp_path):
     noted = metadata(tpbook.export(model, tmp_path / "m.onnx", keep=5))
     assert noted["keep"] == 5 and "keep_ratio" not in noted
     noted = metadata(tpbook.export(model, tmp_path / "m.onnx", r=[3, 2]))
-    assert noted["r"] == [3, 2] and not {"keep", "keep_ratio"} & set(noted)
+    assert noted["r"] == [3, 2, 0] and not {"keep", "keep_ratio"} & set(noted)
     with pytest.warns(UserWarning, match="keep_ratio=0.001 would keep none"):
         tpbook.export(tpbook.prune(small(), "random"), tmp_path / "m.onnx", keep_ratio=0.001)
 
