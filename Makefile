@@ -23,7 +23,7 @@ pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones pretrained fast-path
+.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -79,7 +79,7 @@ ledger: $(env)
 # every training behind the committed results of the digits; skips what is done (about an hour on two cores)
 matrix: $(env)
 	$(bin)/python notebooks/matrix.py matrix family
-ablations backbones: $(env)
+ablations backbones scratch: $(env)
 	$(bin)/python notebooks/matrix.py $@
 
 # the methods that need no training, on DeiT-Ti and photographs of $TPBOOK_DATA (half an hour on two cores)

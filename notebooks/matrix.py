@@ -2,12 +2,12 @@
 
 `python notebooks/matrix.py ablations` (`make ablations`) trains DynamicViT's ablations likewise, `backbones` (`make
 backbones`) the small models of other kinds, pruned by their methods, and `family` (part of `make matrix`) every method
-of the package at equal MACs. `pretrained` (`make pretrained`) runs those that need no training on DeiT-Ti, on
-photographs of `$TPBOOK_DATA`.
+of the package at equal MACs. `scratch` (`make scratch`) trains the dense model from random weights, masked and not.
+`pretrained` (`make pretrained`) runs those that need no training on DeiT-Ti, on photographs of `$TPBOOK_DATA`.
 
 Each training is a run of `tpbook.train` in `_build/matrix`, one thread each, as many at once as there are cores. What is
-finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` (`ablations.json`,
-`backbones.json`) holds a row for each model and way of evaluating it: which of the 797 test canvases it got right.
+finished is skipped, what was stopped goes on. In the end `notebooks/results/digits/matrix.json` (`ablations.json` and so
+on) holds a row for each model and way of evaluating it: which of the 797 test canvases it got right.
 """
 
 import itertools
@@ -39,6 +39,7 @@ register("package", Method("predictor", Fuse("score"), "before", "floor", "Kong 
 TOP = Path(__file__).parent.parent
 RECIPES = TOP / "recipes" / "digits"
 SEEDS, RATIOS = (0, 1, 2), (0.7, 0.5, 0.3)
+MORE_SEEDS = (*SEEDS, 3, 4)  # of the matrix, whose three left much open
 METHODS = ("dynamicvit", "evit", "dtps", "etps")
 FULL = ("untouched", "plain", "masked 0.25", "masked 0.5", "masked 0.75")
 # how a start is made: a recipe and what differs from it
@@ -48,19 +49,16 @@ STARTS = {
     "masked 0.5": ("masked", {"mask_ratio": 0.5}),
     "masked 0.75": ("masked", {"mask_ratio": 0.75}),
     "plain, half": ("masked", {"mask_ratio": 0, "epochs": 3}),  # about what masked 0.5 computes
-    "scratch, plain": ("base", {"per_digit": 1, "epochs": 30, "clutter": [2, 8]}),
-    "scratch, masked 0.5": ("base", {"per_digit": 1, "epochs": 30, "clutter": [2, 8], "mask_ratio": 0.5}),
 }
 
 
-def jobs(folder):
+def jobs(folder, seed):
     """Two waves of trainings, each (key, recipe, changes), longest first; the second starts from the first."""
-    first = [((seed, start), recipe, {"seed": seed, **changes})
-             for seed in SEEDS for start, (recipe, changes) in STARTS.items()]  # fmt: skip
-    wanted = [*itertools.product(SEEDS, FULL, METHODS, RATIOS), *itertools.product(SEEDS, ("plain",), ("random",), RATIOS)]
-    wanted += itertools.product(SEEDS, ("plain, half",), METHODS, (0.3,))
+    first = [((seed, start), recipe, {"seed": seed, **changes}) for start, (recipe, changes) in STARTS.items()]
+    wanted = [*itertools.product(FULL, METHODS, RATIOS), *itertools.product(("plain",), ("random",), RATIOS)]
+    wanted += itertools.product(("plain, half",), METHODS, (0.3,))
     second = []
-    for seed, start, method, ratio in wanted:
+    for start, method, ratio in wanted:
         changes = {"seed": seed, "keep_ratio": ratio}
         if start != "untouched":
             changes["start"] = os.path.relpath(place(folder, (seed, start)))
@@ -132,12 +130,17 @@ def run(waves):
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    return ordered(rows)
+
+
+def ordered(rows):
     return sorted(rows, key=lambda r: json.dumps([r[k] for k in ("start", "method", "keep_ratio", "select", "seed")]))
 
 
 def save(name, rows, begun):
     results.save(TOP / "notebooks" / "results" / FOLDERS.get(name, "digits"), "family" if name == "pretrained" else name, {
-        "seeds": SEEDS, "cores": os.cpu_count(), "last_call_minutes": round((time.perf_counter() - begun) / 60, 1),
+        "seeds": sorted({r["seed"] for r in rows} - {None}), "cores": os.cpu_count(),
+        "last_call_minutes": round((time.perf_counter() - begun) / 60, 1),
         "training_minutes": round(sum(r.get("seconds", 0) for r in rows) / 60, 1), **MORE.get(name, {}), "rows": rows,
     })  # fmt: skip
 
@@ -147,9 +150,28 @@ FOLDERS = {"pretrained": "deit-ti"}
 
 
 def matrix(folder):
-    first, second = jobs(folder)
-    looks = [(look, folder, seed, start) for seed in SEEDS for start in ("untouched", *STARTS)]
-    return run([[(fit, folder, *job) for job in first], [(fit, folder, *job) for job in second], looks])
+    """Seed by seed, written after each, so that a stopped call leaves whole comparisons."""
+    rows, begun = [], time.perf_counter()
+    for seed in MORE_SEEDS:
+        waves = [[(fit, folder, *job) for job in wave] for wave in jobs(folder, seed)]
+        rows += run([*waves, [(look, folder, seed, start) for start in ("untouched", *STARTS)]])
+        save("matrix", rows, begun)
+    return ordered(rows)
+
+
+# From random weights, the base recipe of the digits on whole canvases and on half of the patches, the same images seen.
+SCRATCH = {"scratch, plain": {}, "scratch, masked 0.5": {"mask_ratio": 0.5}}
+
+
+def scratch(folder):
+    rows, begun = [], time.perf_counter()
+    for seed in SEEDS:
+        rows += run([
+            [(fit, folder, (seed, start), "base", {"seed": seed, **changes}) for start, changes in SCRATCH.items()],
+            [(look, folder, seed, start) for start in SCRATCH],
+        ])  # fmt: skip
+        save("scratch", rows, begun)
+    return ordered(rows)
 
 
 # what differs from recipes/digits/dynamicvit.yaml
@@ -413,7 +435,7 @@ def pretrained(folder):
 
 
 if __name__ == "__main__":
-    which = {"matrix": matrix, "ablations": ablations, "backbones": backbones, "family": family, "pretrained": pretrained}
+    which = {one.__name__: one for one in (matrix, scratch, ablations, backbones, family, pretrained)}
     names = sys.argv[1:] or ["matrix", "family"]
     if not set(names) <= set(which):
         sys.exit(f"some of {', '.join(which)} are expected, got {' '.join(names)!r}")
