@@ -44,14 +44,15 @@ results: workflow
 workflow: $(env)
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -e .[workflow] -c constraints.txt
 
-# one row of it again, beside the committed one: make row ROW=plain-dtps-0.3-s0
+# one row again, beside the committed one: make row ROW=plain-dtps-0.3-s0, of Imagewoof's with OF=imagewoof-gpu
 again := _build/again
+OF ?= imagenette
 row: $(env)
-	$(if $(ROW),,$(error ROW is missing; a row is a file of notebooks/results/imagenette, as in: make row ROW=plain-dtps-0.3-s0))
-	rm -rf $(again)/runs/$(ROW)
-	$(bin)/python notebooks/run.py notebooks/one-training.ipynb $(again)/$(ROW).ipynb \
-		profile=imagenette budget=recipe row=$(ROW) changes=workers=1 out=../$(again) runs=../$(again)/runs
-	$(bin)/python notebooks/ledger.py compare $(again)/$(ROW).json
+	$(if $(ROW),,$(error ROW is missing; a row is a file of notebooks/results/$(OF), as in: make row ROW=plain-dtps-0.3-s0))
+	rm -rf $(again)/$(OF)/runs/$(ROW)
+	$(bin)/python notebooks/run.py notebooks/one-training.ipynb $(again)/$(OF)/$(ROW).ipynb profile=$(OF:-gpu=) \
+		budget=recipe row=$(ROW) changes=workers=1 out=../$(again)/$(OF) runs=../$(again)/$(OF)/runs
+	$(bin)/python notebooks/ledger.py compare $(again)/$(OF)/$(ROW).json $(OF)
 
 # MACs, parameters and speed ratios of the published settings (a quarter of an hour)
 cost: $(env)

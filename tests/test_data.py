@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torchvision.datasets import Imagenette
 
 import tpbook
 from tpbook import data
@@ -97,18 +98,20 @@ def test_get(tmp_path, monkeypatch, capsys):
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data, "Imagenette", no_network)
+    monkeypatch.setattr(data, "download_and_extract_archive", no_network)
     with pytest.raises(SystemExit, match="could not be downloaded: no route to host"):
         data.main(["get", data.IMAGENETTE])
     assert list(tmp_path.iterdir()) == []  # nothing half-made
 
-    def archive(part, **kwargs):
-        (part / data.IMAGENETTE).mkdir()
+    def archive(url, part, md5):
+        (part / url.rpartition("/")[2].removesuffix(".tgz")).mkdir()
+        assert len(md5) == 32
 
-    monkeypatch.setattr(data, "Imagenette", archive)
-    data.main(["get", data.IMAGENETTE])
-    assert [p.name for p in tmp_path.iterdir()] == [data.IMAGENETTE]
-    assert capsys.readouterr().out.strip() == str(tmp_path / data.IMAGENETTE)
+    monkeypatch.setattr(data, "download_and_extract_archive", archive)
+    for name in (data.IMAGENETTE, data.IMAGEWOOF):
+        data.main(["get", name])
+        assert capsys.readouterr().out.strip() == str(tmp_path / name) and (tmp_path / name).is_dir()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("name, size", [("deit_tiny_patch16_224", 224), ("eva02_tiny_patch14_336", 336)])
@@ -124,6 +127,8 @@ def test_the_real_sets():
     assert (
         len(test) == 500 and len(data.imagenette("train")) == 9469 - 366 and len(data.imagenette("val")) == 3925 - 134
     )
+    for name, (_, md5) in data.ARCHIVES.items():
+        assert name != data.IMAGENETTE or md5 == Imagenette._ARCHIVES["160px"][1]
     photos = data.nips2017_dev()
     assert len(photos) == 1000 and len(photos.class_indices) == 430
     rows = data.attribution()

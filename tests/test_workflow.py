@@ -26,6 +26,8 @@ def test_every_row_is_committed(tmp_path):
     """A clean clone has nothing to do."""
     (tmp_path / "notebooks").symlink_to(TOP / "notebooks")
     assert "Nothing to be done" in snakemake(tmp_path, "--dry-run")
+    woof = ("profile=imagewoof", "name=imagewoof-gpu", "seeds=[0, 1, 2]")
+    assert "Nothing to be done" in snakemake(tmp_path, "--dry-run", "--config", *woof)
 
 
 @pytest.mark.slow

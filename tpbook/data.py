@@ -1,6 +1,7 @@
-"""Data: the embedded digits, and ImageNet-style folders named by WordNet id under `$TPBOOK_DATA`.
+"""Data: the embedded digits, image folders under `$TPBOOK_DATA`, and what comes of them.
 
-`python -m tpbook.data get NAME` downloads what may be downloaded.
+`python -m tpbook.data get NAME` downloads what may be downloaded. What a recipe's `data` may name besides is in
+`tpbook.training.sources`.
 
 Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
@@ -18,19 +19,24 @@ from pathlib import Path
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch.utils.data import ConcatDataset
-from torchvision.datasets import ImageFolder, Imagenette
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, pil_loader
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms import Compose, Grayscale
 
 from .digits import MEAN, STD, Digits, digits
 from .families import family_of
 
 __all__ = [
-    "MEAN", "STD", "Digits", "ImageNetFolder", "attribution", "class_name", "digits", "eval_transform", "imagenette",
-    "nips2017_dev", "root",
+    "MEAN", "STD", "ClassFolder", "Digits", "ImageNetFolder", "attribution", "class_name", "digits", "eval_transform",
+    "image_folder", "imagenette", "nips2017_dev", "root",
 ]  # fmt: skip
 
-IMAGENETTE, NIPS = "imagenette2-160", "nips2017-dev"
+IMAGENETTE, IMAGEWOOF, NIPS = "imagenette2-160", "imagewoof2-160", "nips2017-dev"
+ARCHIVES = {  # of fast.ai: the file, and its MD5
+    IMAGENETTE: ("imagenette2-160.tgz", "e793b78cc4c9e9a4ccc0c1155377a412"),
+    IMAGEWOOF: ("imagewoof2-160.tgz", "3d200a7be99704a0d7509be2a9fbfe15"),
+}
 BY_HAND = {
     NIPS: "the 1,000 images of the NIPS 2017 adversarial competition's development set (CC-BY 2.0): lay them out as "
     "<WordNet id>/<image>.jpg with an attribution.csv",
@@ -85,15 +91,79 @@ class ImageNetFolder(ImageFolder):
         self.class_indices = tuple(sorted(set(self.targets)))
 
     def find_classes(self, directory):
-        known = _imagenet()[1]
-        folders = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-        if not folders:
-            raise ValueError(f"{directory} holds no image folder; one a class is expected, named by WordNet id")
+        known, folders = _imagenet()[1], class_folders(directory)
         for folder in folders:
             if folder not in known:
                 where = Path(directory) / folder
                 raise ValueError(f"folder {where} is no WordNet id of ImageNet-1k (such as n01440764)")
         return folders, {folder: known[folder] for folder in folders}
+
+
+class ClassFolder(ImageFolder):
+    """Images in folders named by their class, any names; the targets count the sorted names from 0.
+
+    Args:
+        path: the folder that holds the class folders.
+        transform: as in `ImageNetFolder`.
+        classes: the names that there are, in order, where another folder has said so; of these some may be missing.
+
+    Attributes:
+        classes: list of the names.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: there is no class folder, one of them holds no image or is none of `classes`, or (when it is read)
+            an image does not decode; the message names the folder or file.
+    """
+
+    def __init__(self, path, *, transform=None, classes=None):
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"no image folder at {path}")
+        self._expected = classes
+        super().__init__(path, transform=transform, loader=load_image, allow_empty=True)
+        filled = {self.classes[target] for target in self.targets}
+        for folder in class_folders(path):
+            if folder not in filled:
+                raise ValueError(f"class folder {Path(path) / folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
+
+    def find_classes(self, directory):
+        folders = class_folders(directory)
+        classes = folders if self._expected is None else list(self._expected)
+        for folder in folders:
+            if folder not in classes:
+                raise ValueError(f"class folder {Path(directory) / folder} has no like among the training images")
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
+def class_folders(path):
+    """Sorted names of the folders in an image folder, hidden ones left out; ValueError where there is none."""
+    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    if not folders:
+        raise ValueError(f"{path} holds no image folder; one a class is expected")
+    return folders
+
+
+def image_folder(path, *, transform=None, like=None):
+    """The images of a folder of class folders, of ImageNet-1k or of any other classes.
+
+    Args:
+        path: the folder.
+        transform: as in `ImageNetFolder`.
+        like: what this function gave for the training images, whose classes count.
+
+    Returns:
+        An `ImageNetFolder` where every class folder is named by a WordNet id of ImageNet-1k, else a `ClassFolder`.
+
+    Raises:
+        FileNotFoundError, ValueError: as these do; and where some names are WordNet ids and others not.
+    """
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"no image folder at {path}")
+    if isinstance(like, ClassFolder):
+        return ClassFolder(path, transform=transform, classes=like.classes)
+    if like is None and not any(folder in _imagenet()[1] for folder in class_folders(path)):
+        return ClassFolder(path, transform=transform)
+    return ImageNetFolder(path, transform=transform)  # which names a folder that is none
 
 
 def load_image(path):
@@ -114,7 +184,8 @@ def root(name):
     path = Path(base or "") / name
     if not base or not path.is_dir():
         where = f"{path} is not there" if base else "TPBOOK_DATA is not set"
-        raise FileNotFoundError(f"no data set {name!r}: {where} (`python -m tpbook.data get {name}` helps)")
+        hint = f" (`python -m tpbook.data get {name}` helps)" if name in (*ARCHIVES, *BY_HAND) else ""
+        raise FileNotFoundError(f"no data set {name!r}: {where}{hint}")
     return path
 
 
@@ -130,13 +201,13 @@ def attribution():
 
 
 def imagenette(split, transform=None, name=IMAGENETTE):
-    """Imagenette, ten ImageNet classes, split by what ImageNet models have seen.
+    """Imagenette or Imagewoof, ten ImageNet classes each, split by what ImageNet models have seen.
 
     Args:
         split: "test", the 500 images of ImageNet's validation set, which no ImageNet model has trained on (they lie in
             both of the archive's folders); "train" and "val", those folders without them.
         transform: as in `ImageNetFolder`.
-        name: of the folder; "imagewoof2-160", ten breeds of dogs, is split alike.
+        name: of the folder: "imagenette2-160", or "imagewoof2-160", ten breeds of dogs.
 
     Returns:
         A Dataset of (image, ImageNet-1k index).
@@ -163,7 +234,10 @@ def eval_transform(model):
 
 
 def get(name):
-    """Download a data set to `$TPBOOK_DATA/<name>`, whole or not at all. → its folder.
+    """Download a data set to `$TPBOOK_DATA`, whole or not at all. → its folder.
+
+    Args:
+        name: "imagenette2-160", "imagewoof2-160", or "torchvision:NAME[?option=value]", as in a recipe.
 
     Raises:
         ValueError: a name that is not known, or that cannot be downloaded by a program; it says what to do.
@@ -172,17 +246,24 @@ def get(name):
     """
     if name in BY_HAND:
         raise ValueError(f"{name} cannot be downloaded for you: {BY_HAND[name]}, under $TPBOOK_DATA/{name}")
-    if name != IMAGENETTE:
-        raise ValueError(f"NAME must be one of {', '.join([IMAGENETTE, *BY_HAND])}, got {name!r}")
+    of_torchvision = name.startswith("torchvision:")
+    if name not in ARCHIVES and not of_torchvision:
+        raise ValueError(f"NAME must be one of {', '.join([*ARCHIVES, *BY_HAND])} or torchvision:…, got {name!r}")
     if not os.environ.get("TPBOOK_DATA"):
         raise FileNotFoundError("TPBOOK_DATA is not set: set it to the folder that shall hold the data")
     base = Path(os.environ["TPBOOK_DATA"])
+    base.mkdir(parents=True, exist_ok=True)
+    if of_torchvision:  # which checks what is there itself
+        from .training.sources import torchvision_sets
+
+        torchvision_sets(name, download=True)
+        return base
     if (base / name).is_dir():
         return base / name
-    base.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=base))
+    file, md5 = ARCHIVES[name]
     try:
-        Imagenette(part, size="160px", download=True)
+        download_and_extract_archive(f"https://s3.amazonaws.com/fast-ai-imageclas/{file}", part, md5=md5)
         (part / name).rename(base / name)
     except Exception as error:  # urllib, tarfile and torchvision each have their own
         raise RuntimeError(f"{name} could not be downloaded: {error}") from error
@@ -195,7 +276,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tpbook.data", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("get", help="download a data set to $TPBOOK_DATA")
-    command.add_argument("name", metavar="NAME", help=", ".join([IMAGENETTE, *BY_HAND]))
+    command.add_argument("name", metavar="NAME", help=", ".join([*ARCHIVES, "torchvision:NAME[?option=value]"]))
     try:
         print(get(parser.parse_args(arguments).name))
     except (ValueError, OSError, RuntimeError) as error:

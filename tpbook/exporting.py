@@ -57,9 +57,10 @@ def export(model, path, *, keep_ratio=None, keep=None, r=None, opset=17, weights
     """Write a model as an ONNX file that holds everything it needs; inputs and outputs are those above.
 
     The file's metadata has a key "tpbook": JSON with method, score, reduce, at, image_size, patch_size, mean, std (null
-    where the model has no `pretrained_cfg`) and the version that wrote it; of a file for one ratio `keep_ratio`, `keep`
-    or `r` too. What `seed`, `keep_ratio` and `keep` of the model are set to does not matter, since random draws and
-    ratios are inputs; a model whose `r` is set gives a file for it. H and W are the model's own.
+    where the model has no `pretrained_cfg`) and the version that wrote it; "classes", where `pretrained_cfg` has their
+    names, as that of a model of `tpbook.train.load` has; of a file for one ratio `keep_ratio`, `keep` or `r` too. What
+    `seed`, `keep_ratio` and `keep` of the model are set to does not matter, since random draws and ratios are inputs; a
+    model whose `r` is set gives a file for it. H and W are the model's own.
 
     Args:
         model: a timm `VisionTransformer`, `Eva`, `Beit` or `NaFlexVit`, pruned or not, by any method that keeps as many
@@ -232,6 +233,8 @@ def _metadata(model, family, fixed):
     method = pruning.method if pruning else None
     mean, std = (config.get(key) for key in ("mean", "std"))
     one = {name: getattr(fixed, name, None) for name in ("keep_ratio", "keep")}
+    if names := config.get("label_names"):
+        one["classes"] = list(names)
     if fixed and fixed.r is not None:
         one["r"] = schedule(fixed.r, len(fixed.at))  # one a stage
     return {

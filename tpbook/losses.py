@@ -85,7 +85,7 @@ def dynamicvit(
         trace: the `tpbook.Trace` of that forward.
         labels: (B,) int64 or (B, classes) probabilities.
         teacher_logits, teacher_features: (B, classes) and (B, N, C) of the dense teacher, without gradient; both None
-            leaves their terms out.
+            leaves their terms out. A teacher whose tokens are others gives its logits alone, at a `token_weight` of 0.
         keep_ratios: cumulative shares of the original tokens, one a stage: (ρ, ρ², ρ³).
         token: "mse" or "kl".
         ratio_weight, logit_weight, token_weight: weights in the total; 2, ½ and ½ are the paper's.
@@ -96,7 +96,7 @@ def dynamicvit(
     Raises:
         TypeError: `keep_ratios` is no sequence.
         ValueError: an unknown `token`; the trace holds no decisions, or another number of stages than `keep_ratios`;
-            or only one of the teacher's outputs is given.
+            or only one of the teacher's outputs is given where both are needed.
     """
     if token not in TOKEN:
         raise ValueError(f"token must be one of {', '.join(TOKEN)}, got {token!r}")
@@ -109,8 +109,9 @@ def dynamicvit(
             f"keep_ratios must have one ratio a stage that decided in training mode: "
             f"{len(trace.decisions)} did, got {keep_ratios}"
         )
-    if (teacher_logits is None) != (teacher_features is None):
-        raise ValueError("teacher_logits and teacher_features must be given both or neither")
+    alone = teacher_features is None and token_weight == 0
+    if (teacher_logits is None) != (teacher_features is None) and not alone:
+        raise ValueError("teacher_logits and teacher_features must be given both or neither, unless token_weight is 0")
     kept_shares = [d.float().mean(dim=1) for d in trace.decisions]  # (B,) each
     terms = {
         "cls": F.cross_entropy(logits, labels),
@@ -120,6 +121,7 @@ def dynamicvit(
     }
     if teacher_logits is not None:
         terms["logit_kl"] = _kl(logits, teacher_logits)
+    if teacher_features is not None:
         last = trace.features.new_ones(trace.features.shape[:2]) if trace.whole else trace.decisions[-1]
         kept = (last > 0.5).float()  # (B, N); a weight, since picking tokens by it would make a GPU wait
         ours, theirs = trace.features[:, : kept.shape[1]].float(), teacher_features.float()  # (B, N, C) each

@@ -7,7 +7,7 @@ precision and accumulation, timm of augmentation, optimisers and schedules. What
     metrics.jsonl        a line every few steps and each epoch
     epoch-NNNN/          the last finished epoch: weights, optimiser, average, and what run they belong to
     model.safetensors    the trained weights, in the end; ema.safetensors beside it where the recipe keeps an average
-    result.json          accuracy on the test set, the recipe, and where and how long it ran
+    result.json          accuracy and confusion matrix on the test set, class names, the recipe, where and for how long
 
 Stopped anywhere and started again with the same command a run goes on from its last finished epoch.
 
@@ -18,24 +18,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from .training.loop import evaluate, load, run, taught, terms_of, test_tensors
+from .training.loop import evaluate, load, predict, run, taught, terms_of, test_tensors
+from .training.models import adapt, build, lookup_of, names_of, new_model, teacher_of
 from .training.recipes import Recipe, parse
-from .training.setup import (
-    adapt,
-    build,
-    fast_attention,
-    labels_of,
-    load_data,
-    loader_of,
-    lookup_of,
-    new_model,
-    optimizer_of,
-    teacher_of,
-)  # fmt: skip
+from .training.setup import fast_attention, load_data, loader_of, optimizer_of
 
 __all__ = [
-    "adapt", "build", "evaluate", "fast_attention", "labels_of", "load", "load_data", "loader_of", "lookup_of", "main",
-    "new_model", "optimizer_of", "run", "taught", "teacher_of", "terms_of", "test_tensors",
+    "adapt", "build", "evaluate", "fast_attention", "load", "load_data", "loader_of", "lookup_of", "main", "names_of",
+    "new_model", "optimizer_of", "predict", "run", "taught", "teacher_of", "terms_of", "test_tensors",
 ]  # fmt: skip
 
 

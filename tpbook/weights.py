@@ -4,6 +4,7 @@ Chapter: :doc:`/book/a-tour-of-keep-ratios`
 """
 
 import argparse
+import json
 import os
 import textwrap
 from importlib.resources import as_file, files
@@ -142,7 +143,7 @@ def load_trained_digits(method, *, keep_ratio=0.5):
         return load_checkpoint(model, path).eval()
 
 
-def load_checkpoint(model, path):
+def load_checkpoint(model, path, *, without=()):
     """Load a state dict strictly: official `.pth` files and safetensors.
 
     A `.pth` file holds it bare or, the first that is there, as "model", "state_dict" or "state_dict_ema".
@@ -154,6 +155,7 @@ def load_checkpoint(model, path):
     Args:
         model: any module, pruned or not: an official DynamicViT or dTPS file fits a model pruned by that method.
         path: the file.
+        without: names of modules or parameters whose part of the file is left out, such as "score_predictor".
 
     Returns:
         The same model. It is untouched where an error is raised.
@@ -162,7 +164,7 @@ def load_checkpoint(model, path):
         FileNotFoundError: no such file.
         ValueError: the file cannot be read, or its keys or shapes are not the model's; the message names them.
     """
-    state = _read(path)
+    state = {key: tensor for key, tensor in read_state(path).items() if set(without).isdisjoint(key.split("."))}
     if is_known(model):
         state = family_of(model).official(state)
     own = model.state_dict()
@@ -178,8 +180,17 @@ def load_checkpoint(model, path):
     return model
 
 
-def _read(path):
-    """The state dict of a file: {name: tensor}."""
+def told(path):
+    """What a file of `tpbook.train` says of itself: dict of its "model", "method" and "classes"; of any other {}."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("tpbook", "{}"))
+    except (SafetensorError, OSError):  # no safetensors
+        return {}
+
+
+def read_state(path):
+    """The state dict of a checkpoint file: {name: tensor}; raises as `load_checkpoint`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")

@@ -76,12 +76,12 @@ def finished(out, recipe):
     return result
 
 
-def save_weights(model, path):
-    """Write a state dict as safetensors, whole or not at all."""
+def save_weights(model, path, said=None):
+    """Write a state dict as safetensors, whole or not at all; `said` goes with it, as a dict of texts."""
     part = path.with_suffix(".part")
     try:
         state = model.state_dict()  # copied, since layers may share a tensor, and a file may not
-        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}, part)
+        save_file({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}, part, said)
         os.replace(part, path)
     except Exception as error:
         part.unlink(missing_ok=True)

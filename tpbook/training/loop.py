@@ -31,21 +31,24 @@ from ..methods.evit import keep_rate
 from ..tracing import trace
 from ..weights import load_checkpoint
 from . import checkpoints
-from .recipes import PRECISIONS, Recipe, as_dict, make, read, written
-from .setup import (
+from .loading import finisher
+from .models import (
+    LogitTeacher,
     adapt,
     build,
-    fast_attention,
-    load_data,
-    loader_of,
+    described,
+    labelled,
     lookup_of,
+    names_of,
     new_model,
-    optimizer_of,
-    seed_of,
+    take_along,
     teacher_of,
 )  # fmt: skip
+from .recipes import PRECISIONS, Recipe, as_dict, make, read, written
+from .setup import fast_attention, load_data, loader_of, optimizer_of, seed_of
 
 EVAL_BATCH = 100
+CONFUSED = 200  # classes of which a confusion matrix is written down
 
 
 def terms_of(recipe, accelerator, wrapped, model, teacher, images, labels):
@@ -73,7 +76,13 @@ def terms_of(recipe, accelerator, wrapped, model, teacher, images, labels):
 
 
 def taught(accelerator, teacher, images):
-    """What there is to distil: the frozen teacher's logits (B, classes), and (B, N, …) of its final patch tokens."""
+    """What there is to distil: the frozen teacher's logits (B, classes), and (B, N, …) of its final patch tokens.
+
+    None for the tokens of a teacher of another architecture.
+    """
+    if isinstance(teacher, LogitTeacher):
+        with torch.no_grad(), accelerator.autocast():
+            return teacher(images), None
     family = family_of(teacher)
     with torch.no_grad(), accelerator.autocast(), fast_attention(teacher, images), trace(teacher) as t:
         logits = family.class_logits(teacher, images)
@@ -91,7 +100,8 @@ def run(recipe, out, *, progress=True, **changes):
 
     Returns:
         dict: "accuracy" on the test set with its interval (and "ema_accuracy"), "correct" with 1 or 0 a test image,
-        "recipe", "images_seen", "seconds", "last" with the last loss terms, and "run", where and when.
+        "classes", the names, of up to 200 classes "confusion", how many test images of each class (row) were taken for
+        each (column), "recipe", "images_seen", "seconds", "last" with the last loss terms, and "run", where and when.
 
     Raises:
         ValueError: the folder holds another run or a damaged checkpoint, or recipe, model and data do not fit.
@@ -119,8 +129,9 @@ def run(recipe, out, *, progress=True, **changes):
     teacher = teacher_of(recipe, classes, model)
     if teacher is not None:
         teacher.to(accelerator.device)
-    adapt(recipe, model).to(accelerator.device)
+    take_along(recipe, adapt(recipe, model)).to(accelerator.device)
     lookup, test = lookup_of(recipe, classes), test_set(model)
+    finish = finisher(recipe, model, accelerator.device)
 
     steps = len(loader_of(recipe, accelerator, train_set(model, 0), 0)) // recipe.accumulate
     if not steps:
@@ -161,7 +172,7 @@ def run(recipe, out, *, progress=True, **changes):
                 model.keep_ratio = keep_rate(step / steps, recipe.keep_ratio, *recipe.keep_warmup)
             for _ in range(recipe.accumulate):
                 images, labels = next(batches)
-                images, labels = images.to(accelerator.device), lookup[labels].to(accelerator.device)
+                images, labels = finish(images), lookup[labels].to(accelerator.device)
                 if mixup is not None:
                     images, labels = mixup(images, labels)
                 elif recipe.smoothing:
@@ -204,16 +215,23 @@ def run(recipe, out, *, progress=True, **changes):
     if recipe.method and model.keep_ratio is not None:
         model.keep_ratio = recipe.keep_ratio
     result = {
-        "recipe": as_dict(recipe), "num_classes": model.num_classes, "images_seen": step * recipe.batch,
+        "recipe": as_dict(recipe), "num_classes": model.num_classes, "classes": names_of(recipe, classes),
+        "images_seen": step * recipe.batch,
         "seconds": round(seconds, 1), "processes": accelerator.num_processes, "last": log.last,
     }  # fmt: skip
     for name, trained in (("", model), ("ema_", average and average.module)):
         if trained is not None:
-            correct = evaluate(recipe, accelerator, trained, test, lookup)
+            labels, predicted = predict(recipe, accelerator, trained, test, lookup)
+            correct = labels == predicted
             result[f"{name}accuracy"] = results.accuracy(int(correct.sum()), len(correct))
             result[f"{name}correct"] = "".join("01"[right] for right in correct.tolist())
+            if model.num_classes <= CONFUSED:
+                k, known = model.num_classes, labels >= 0
+                cells = torch.bincount((k * labels + predicted)[known], minlength=k * k)
+                result[f"{name}confusion"] = cells.view(k, k).tolist()
             if accelerator.is_main_process:
-                checkpoints.save_weights(trained, out / ("ema.safetensors" if name else "model.safetensors"))
+                file = out / ("ema.safetensors" if name else "model.safetensors")
+                checkpoints.save_weights(trained, file, described(recipe, classes))
     if accelerator.is_main_process:
         results.save(out, "result", result)
         for folder in out.glob("epoch-*"):
@@ -223,17 +241,24 @@ def run(recipe, out, *, progress=True, **changes):
 
 
 @torch.inference_mode()
-def evaluate(recipe, accelerator, model, test, lookup):
-    """(n,) int64: 1 for each test image that the model gets right, in float32, on every process."""
+def predict(recipe, accelerator, model, test, lookup):
+    """(2, n) int64: of each test image the class that it is of, −1 where the model has none for it, and the one it is
+    taken for, in float32, on every process."""
     mine = range(accelerator.process_index, len(test), accelerator.num_processes)
-    was, right, i = model.training, torch.zeros(len(test), dtype=torch.int64), 0
+    was, said, i = model.training, torch.zeros(2, len(test), dtype=torch.int64), 0
     model.eval()
     for images, labels in DataLoader(test, EVAL_BATCH, sampler=mine, num_workers=recipe.workers):
         logits = type(model).forward(model, images.to(accelerator.device))  # past Accelerate's autocast
-        right[list(mine[i : i + len(labels)])] = (logits.argmax(1).cpu() == lookup[labels]).long()
+        said[:, list(mine[i : i + len(labels)])] = torch.stack([lookup[labels], logits.argmax(1).cpu()])
         i += len(labels)
     model.train(was)
-    return accelerator.reduce(right.to(accelerator.device), "sum").cpu()
+    return accelerator.reduce(said.to(accelerator.device), "sum").cpu()
+
+
+def evaluate(recipe, accelerator, model, test, lookup):
+    """(n,) int64: 1 for each test image that the model gets right, as `predict` finds it."""
+    labels, predicted = predict(recipe, accelerator, model, test, lookup)
+    return (labels == predicted).long()
 
 
 def test_tensors(recipe, model):
@@ -248,11 +273,13 @@ def test_tensors(recipe, model):
     """
     classes, _, test_set = load_data(recipe)
     images, labels = (torch.cat(part) for part in zip(*DataLoader(test_set(model), EVAL_BATCH)))
-    return images, torch.searchsorted(torch.tensor(classes), labels) if recipe.head == "data" else labels
+    return images, lookup_of(recipe, classes)[labels]
 
 
 def load(out):
     """The trained model of a finished run, pruned or masked as it was trained, in eval mode.
+
+    Its classes' names are `model.pretrained_cfg["label_names"]`.
 
     Args:
         out: the run's folder.
@@ -265,5 +292,5 @@ def load(out):
         raise FileNotFoundError(f"no finished run at {out}: its result.json is missing")
     result = json.loads((out / "result.json").read_text())
     recipe = written(result["recipe"])
-    model = adapt(recipe, new_model(recipe.model, result["num_classes"]))
-    return load_checkpoint(model, out / "model.safetensors").eval()
+    model = labelled(new_model(recipe.model, result["num_classes"]), result.get("classes", ()))
+    return load_checkpoint(adapt(recipe, model), out / "model.safetensors").eval()

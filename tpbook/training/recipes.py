@@ -25,12 +25,15 @@ class Recipe:
     # the model
     model: str = "vit_digits_patch4_56"  # that, or a timm name
     start: str = "pretrained"  # "pretrained", "random", a checkpoint file, or the folder of an earlier run
-    teacher: str = ""  # "" for none, "start" for the model before training, or as `start`; of the same architecture
+    drop_added: bool = False  # of a start that was pruned by another method, leave behind what that method learned
+    teacher: str = ""  # "" for none, "start" for the model before training, as `start`, or another timm model
     head: str = "all"  # "data" keeps, of a 1000-way head, the rows of the classes that the data has
     drop_path: float = 0.0  # stochastic depth, growing linearly to this
 
     # what it sees
-    data: str = "digits"  # "digits", "imagenette2-160", or a folder of $TPBOOK_DATA that holds train/ and val/
+    data: str = "digits"  # "digits", "imagewoof2-160", a folder, "torchvision:NAME": see `tpbook.training.sources`
+    held_out: float = 0.0  # share of each class's images that is the test set, where the data has none
+    split_seed: int = 0  # draws them
     train_images: int = 0  # a random subset of that many; 0 takes all
     test_images: int = 0  # likewise, of the test set
     per_digit: int = 1  # digits: fresh canvases of each train digit an epoch
@@ -98,11 +101,11 @@ class Recipe:
         for name in (
             "train_images", "test_images", "lr", "min_lr", "warmup_epochs", "warmup_lr", "weight_decay",
             "freeze_epochs", "clip_grad", "workers", "eval_every", "max_steps", "mixup", "cutmix", "drop_path", "seed",
-            "aux_weight",
+            "split_seed", "aux_weight",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        for name in ("smoothing", "random_erasing", "hflip", "ema", "min_scale"):
+        for name in ("smoothing", "random_erasing", "hflip", "ema", "min_scale", "held_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
         if self.method and self.mask_ratio != 0:
