@@ -123,7 +123,9 @@ matrix := notebooks/results/digits/matrix.json
 ablations := notebooks/results/digits/ablations.json
 backbones := notebooks/results/digits/backbones.json
 family := $(wildcard notebooks/results/digits/family.json notebooks/results/deit-ti/family.json)
+scratch := $(wildcard notebooks/results/digits/scratch.json)
 rows := $(wildcard notebooks/results/imagenette/*.json)
+woof := $(wildcard notebooks/results/imagewoof-gpu/*.json)
 costs := notebooks/results/cost-and-speed.json
 claims := book/claims.csv notebooks/ledger.py
 $(call read_by,all-together dynamicvit evit masked-fine-tuning questions robustness tps ledger): $(matrix)
@@ -131,6 +133,9 @@ $(call read_by,dynamicvit questions robustness ledger): $(ablations)
 $(call read_by,hybrid-vits lv-vit ledger): $(backbones)
 $(call read_by,dynamicvit evit masked-fine-tuning questions reproduction robustness tps ledger): $(rows)
 $(call read_by,every-method merging a-count-for-each-image tokens-that-come-back): $(family)
+$(call read_by,masked-fine-tuning reproduction ledger): $(woof)
+$(call read_by,masked-fine-tuning ledger): $(scratch)
+$(call read_by,your-own): notebooks/results/loading.json
 $(call read_by,robustness speed ledger): $(costs)
 $(call read_by,paper-and-code): notebooks/results/fast-path.json
 $(call read_by,speed): $(wildcard notebooks/results/speed/*.json)
@@ -138,7 +143,7 @@ $(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md
 $(call read_by,questions): notebooks/pooling.py $(wildcard tests/fixtures/*)
-$(call read_by,a-count-for-each-image all-together dynamicvit evit hybrid-vits imagenet masked-fine-tuning one-training paper-and-code robustness tps): $(wildcard recipes/*/*.yaml)
+$(call read_by,a-count-for-each-image all-together dynamicvit evit hybrid-vits imagenet masked-fine-tuning one-training paper-and-code robustness tps your-own): $(wildcard recipes/*/*.yaml)
 
 # what pages load, pinned and checksummed in book/javascript
 $(javascript): book/javascript/package.json book/javascript/package-lock.json

@@ -90,11 +90,11 @@ def status(out):
     committed = {}
     speed = [f"speed/{path.stem}" for path in sorted((folder / "speed").glob("*.json"))]
     digits = [f"digits/{path.stem}" for path in sorted((folder / "digits").glob("*.json"))]
-    for name in (*digits, "cost-and-speed", *speed):
+    for name in (*digits, "cost-and-speed", "loading", *speed):
         made = json.loads((folder / f"{name}.json").read_text())
         committed[name] = {"rows": len(made["rows"]), "minutes": made.get("training_minutes"), **made["run"]}
-    reduced = results.made(folder / "imagenette")
-    committed["imagenette"] = {"rows": len(list((folder / "imagenette").glob("*.json"))), **reduced}
+    for name in ("imagenette", "imagewoof-gpu"):
+        committed[name] = {"rows": len(list((folder / name).glob("*.json"))), **results.made(folder / name)}
     shown = ["rows", "minutes", "date", "device", "threads", "torch"]
     table = pd.DataFrame(committed).T[shown].rename_axis("notebooks/results/").fillna("–")
     software = ("torch", "torchvision", "timm", "fvcore", "accelerate", "papermill", "jupyter-book", "sphinx")

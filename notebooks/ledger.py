@@ -18,6 +18,11 @@ claim follows from the two by these rules, and from nothing else:
   `needs ImageNet`.
 - `not covered`: a method that this book does not have, a speed with nothing beside it, or a finding that it has no test for.
   The row says why.
+
+The `power` of a row that is `not seen` is what it could have shown. Of a direction: the smallest true difference, in points,
+that the same t-test on as many images finds four times of five; that all seeds agree takes more still, and where ours is larger
+it is they that disagree. Of a speed: the ratio from which on an interval as wide as ours lies above 1. A cost is exact and has
+none.
 """
 
 import csv
@@ -40,10 +45,15 @@ from tpbook.book import plots, results
 TOP = Path(__file__).resolve().parent.parent
 CLAIMS, LEDGER, RESULTS = TOP / "book" / "claims.csv", TOP / "book" / "ledger.csv", TOP / "notebooks" / "results"
 STATUSES = ("equal", "same trend", "not seen", "contradicted", "needs ImageNet", "not covered")
-SETTINGS = {  # of the result files: what a reader sees, and how their rows are made again
-    "digits/matrix": ("digits, 3 seeds", "make matrix"), "digits/ablations": ("digits, 3 seeds", "make ablations"),
-    "digits/backbones": ("digits, 3 seeds", "make backbones"),
-    "imagenette": ("Imagenette, DeiT-Ti, 1 seed", None), "nips": ("nips2017-dev, DeiT-Ti", None),
+WOOF = "make row ROW={row} OF=imagewoof-gpu"
+SETTINGS = {  # (result file or folder of them, test images): what a reader sees, and how a row is made again
+    ("digits/matrix", "test"): ("digits, {seeds}", "make matrix"),
+    ("digits/ablations", "test"): ("digits, {seeds}", "make ablations"),
+    ("digits/backbones", "test"): ("digits, {seeds}", "make backbones"),
+    ("imagewoof-gpu", "test"): ("Imagewoof test (never seen), DeiT-Ti, H100, {seeds}", WOOF),
+    ("imagewoof-gpu", "val"): ("Imagewoof val (seen in pretraining alone), DeiT-Ti, H100, {seeds}", WOOF),
+    ("imagenette", "test"): ("Imagenette, DeiT-Ti, {seeds}", "make row ROW={row}"),
+    ("imagenette", "nips"): ("nips2017-dev, DeiT-Ti", "make row ROW={row}"),
 }  # fmt: skip
 MODELS = {  # timm's name → what a reader sees; "DeiT": which, the paper does not say
     "deit_tiny_patch16_224": "DeiT-Ti", "deit_small_patch16_224": "DeiT-S", "deit_base_patch16_224": "DeiT-B", "DeiT": "DeiT",
@@ -71,18 +81,21 @@ def claims():
 @cache
 def measured(name):
     """The rows of a result file, or of a folder of them, each with the file it stands in."""
-    folder = {"nips": "imagenette"}.get(name, name)
-    paths = [RESULTS / f"{folder}.json"] if (RESULTS / f"{folder}.json").exists() else sorted((RESULTS / folder).glob("*.json"))
-    rows = [{**row, "file": path} for path in paths for row in json.loads(path.read_text())["rows"]]
-    return [row for row in rows if row.get("data", "test") == ("nips" if name == "nips" else "test")]
+    paths = [RESULTS / f"{name}.json"] if (RESULTS / f"{name}.json").exists() else sorted((RESULTS / name).glob("*.json"))
+    return [{"data": "test", **row, "file": path} for path in paths for row in json.loads(path.read_text())["rows"]]
+
+
+def parts(text):
+    """`FILE; key=value; …` → the file and a dict of what is asked of its rows, as text; for each side of a ` minus `."""
+    for selector in text.split(" minus "):
+        name, *pairs = (part.strip() for part in selector.split(";"))
+        yield name, {"select": "own", "trained": "true", "data": "test"} | dict(pair.split("=", 1) for pair in pairs)
 
 
 def select(text):
     """`FILE; key=value; …` → (seeds, n) array of 0 and 1, and the files; `a|b` averages, ` minus ` subtracts."""
     total, files = 0.0, []
-    for sign, selector in zip(itertools.chain([1], itertools.repeat(-1)), text.split(" minus ")):
-        name, *pairs = (part.strip() for part in selector.split(";"))
-        want = {"select": "own", "trained": "true"} | dict(pair.split("=", 1) for pair in pairs)
+    for sign, (name, want) in zip(itertools.chain([1], itertools.repeat(-1)), parts(text)):
         want = {key: [_value(v) for v in value.split("|")] for key, value in want.items()}
         cells = [dict(zip(want, one)) for one in itertools.product(*want.values())]
         total = total + sign * np.mean([results.correct(measured(name), **cell) for cell in cells], axis=0)
@@ -100,7 +113,7 @@ def _value(text):
 
 
 def direction(claim):
-    """Status of a claim that one way is better than another, ours in words, and the files."""
+    """Status of a claim that one way is better than another, ours in words, the files, its power, and the setting."""
     (ours, files), (theirs, more) = select(claim["ours"]), select(claim["against"])
     p = results.paired(ours, theirs)
     by_seed = (ours - theirs).mean(axis=1)
@@ -114,7 +127,8 @@ def direction(claim):
         f"{p['difference']:+.1f} points [{p['low']:+.1f}, {p['high']:+.1f}], {results.probability(p['p'])}, "
         f"n = {ours.shape[1]}{seeds}"
     )
-    return status, said, sorted({*files, *more})
+    power = f"{results.power(ours, theirs):.1f} points" if status == "not seen" else ""
+    return status, said, sorted({*files, *more}), power, tested_on(claim, len(by_seed))
 
 
 def configuration(claim):
@@ -195,14 +209,15 @@ def timed(claim, other=None):
 
 
 def speed(claim, published, other=None):
-    """As `cost`; `other` is the row that the claim compares with, where that is not its own dense model."""
+    """As `cost`, and its power; `other` is the row that the claim compares with, where that is not its own dense model."""
     row = timed(claim, other)
     if row["low"] > 1:
         status = "equal" if abs(row["times"] / published - 1) <= 0.1 else "same trend"
     else:
         status = "contradicted" if row["high"] < 1 else "not seen"
     said = f"{row['times']:.2f} × {beside(other)} [{row['low']:.2f}, {row['high']:.2f}]"
-    return status, said, [RESULTS / "cost-and-speed.json"]
+    power = f"{row['times'] / row['low']:.2f} ×" if status == "not seen" else ""
+    return status, said, [RESULTS / "cost-and-speed.json"], power
 
 
 def beside(other):
@@ -270,10 +285,9 @@ def words(claim):
 def entry(claim, rows):
     """One row of the ledger."""
     published = f"{float(claim['value']):.{claim['decimals'] or 0}f} {UNITS[claim['quantity']]}".strip() if claim["value"] else ""
-    setting, status, said, files = "", None, "", []
+    setting, status, said, files, power = "", None, "", [], ""
     if claim["ours"]:
-        status, said, files = direction(claim)
-        setting = tested_on(claim)
+        status, said, files, power, setting = direction(claim)
     elif not ours(claim) or claim["quantity"] == "finding":
         status = "not covered"
     elif claim["quantity"] in ("MACs", "params"):
@@ -284,32 +298,37 @@ def entry(claim, rows):
         if other:
             ratio, other = float(claim["value"]) / float(other["value"]), None if configuration(other) == dense(configuration(claim)) else other
             published += f" ({ratio:.2f} × {beside(other)})"
-            status, said, files = speed(claim, ratio, other)
+            status, said, files, power = speed(claim, ratio, other)
             setting = f"CPU, {timed(claim, other)['threads']} threads, float32"
     else:
         status, said, files = accuracy(claim)
         setting = "ImageNet"
     return {
         "paper": claim["paper"], "table": claim["table"], "claim": words(claim), "published": published, "tag": claim["tag"],
-        "source": claim["source"], "ours": said, "setting": setting, "status": status,
+        "source": claim["source"], "ours": said, "setting": setting, "status": status, "power": power,
         "results": " ".join(str(path.relative_to(TOP)) for path in files), "command": command(claim, files), "why": why(claim, status),
     }  # fmt: skip
 
 
-def tested_on(claim):
-    """Data, starts, and whether anything was trained, of a claim of direction."""
-    sides = [*claim["ours"].split(" minus "), *claim["against"].split(" minus ")]
-    name = sides[0].split(";")[0].strip()
-    starts = [] if name == "digits/ablations" else dict.fromkeys(re.findall(r"start=([^;]+)", "; ".join(sides)))
+def setting_of(claim):
+    """The row of SETTINGS of a claim of direction."""
+    name, want = next(parts(claim["ours"]))
+    return SETTINGS[name, want["data"]]
+
+
+def tested_on(claim, seeds):
+    """Data, how many seeds, starts, and whether anything was trained, of a claim of direction."""
+    sides = [*parts(claim["ours"]), *parts(claim["against"])]
+    starts = dict.fromkeys(want["start"] for name, want in sides if "start" in want and name != "digits/ablations")
     started = f", {' and '.join(starts)} start" if starts else ""
-    return SETTINGS[name][0] + started + (", not trained" if all("trained=false" in side for side in sides) else "")
+    said = setting_of(claim)[0].format(seeds=f"{seeds} seed{'s' * (seeds > 1)}")
+    return said + started + (", not trained" if all(want["trained"] == "false" for _, want in sides) else "")
 
 
 def command(claim, files):
     """What makes the result files again."""
     if claim["ours"]:
-        again = SETTINGS[claim["ours"].split(";")[0].strip()][1]
-        return again or "; ".join(f"make row ROW={path.stem}" for path in files)
+        return "; ".join(dict.fromkeys(setting_of(claim)[1].format(row=path.stem) for path in files))
     if trainable(claim) and claim["method"] in PAGE.get(claim["model"], ()):
         return "as in book/imagenet.md"
     return "make cost" if files else ""
@@ -337,23 +356,29 @@ def write():
     print(", ".join(f"{n} {status}" for status, n in Counter(e["status"] for e in entries).most_common()))
 
 
-def compare(path):
-    """Print how far a row that was run again is from the committed one. → whether every figure is inside its interval."""
-    again = json.loads(Path(path).read_text())
+def compare(path, folder):
+    """Print how far a row that was run again is from the one in that folder of notebooks/results.
+
+    A figure has to lie in the committed interval even where it was trained on fewer images, or tested on others, since only a
+    part of the data was there: the line says so. → whether every figure does.
+    """
+    again, before = (json.loads(file.read_text()) for file in (Path(path), RESULTS / folder / Path(path).name))
     keys = ("method", "keep_ratio", "select", "trained", "data")
-    committed = json.loads((RESULTS / again["profile"] / Path(path).name).read_text())["rows"]
-    committed, whole = {tuple(row[key] for key in keys): row for row in committed}, True
+    committed, whole = {tuple(row[key] for key in keys): row for row in before["rows"]}, True
+    if again["training"]:
+        now, was = again["training"]["images_seen"], before["training"]["images_seen"]
+        print(f"images seen in training: {now}" + f"; the committed row {was}, so a part of the data is missing here" * (now < was))
     for row in again["rows"]:
-        was = committed[tuple(row[key] for key in keys)]
-        was, now = (results.accuracy(r["right"], r["n"]) for r in (was, row))
+        was, now = (results.accuracy(r["right"], r["n"]) for r in (committed[tuple(row[key] for key in keys)], row))
         inside = was["low"] <= now["percent"] <= was["high"]
         whole &= inside
         print(f"{row['method']} ρ = {row['keep_ratio']} {row['select']}, {row['data']}: {now['percent']:.1f} %, "
-              f"{'inside' if inside else 'OUTSIDE'} the committed {was['percent']:.1f} [{was['low']:.1f}, {was['high']:.1f}]")  # fmt: skip
+              f"{'inside' if inside else 'OUTSIDE'} the committed {was['percent']:.1f} [{was['low']:.1f}, {was['high']:.1f}]"
+              + f"; n = {now['n']}, the committed n = {was['n']}" * (now["n"] != was["n"]))  # fmt: skip
     return whole
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["compare"]:
-        sys.exit(not compare(sys.argv[2]))
+        sys.exit(not compare(*sys.argv[2:]))
     write()

@@ -236,3 +236,30 @@ def test_what_notebooks_begin_with(tmp_path):
     seen = []
     right = experiments.right(lambda part: seen.append(len(part)) or part, x, labels, batch=2)
     assert right.tolist() == [True, True, False, True, False] and seen == [2, 2, 1]
+
+
+def test_what_a_chapter_measures_of_a_model(small, images):
+    """Probabilities of the right class, class tokens block by block, and a training step, with and without masks."""
+    model = small("deit")
+    x, labels = images(model), torch.tensor([1, 0])
+    with torch.no_grad():
+        y = model._pos_embed(model.patch_embed(x))
+        after = [y := block(y) for block in model.blocks]
+        found = experiments.class_tokens(model, x, batch=1)
+        assert torch.allclose(found, torch.stack([state[:, 0] for state in after]), atol=1e-6)
+        p = experiments.confidence(model, x, labels, batch=1)
+        assert torch.allclose(p, model(x).softmax(1)[[0, 1], labels], atol=1e-6)
+    assert not any(block._forward_hooks for block in model.blocks)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert 0 < experiments.step_time(model, x, labels, 0.5) < 1
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before)) and not hasattr(model, "mask_ratio")
+
+
+def test_intervals_are_drawn_where_they_are():
+    figure, ax = plt.subplots()
+    said = {1: {"percent": 50.0, "low": 40.0, "high": 65.0}, 2: {"percent": 80.0, "low": 79.0, "high": 90.0}}
+    plots.intervals(ax, list(said), said.values(), "percent", color="#D55E00")
+    line, _, (bars,) = ax.containers[0]
+    assert line.get_xydata().tolist() == [[1, 50], [2, 80]] and line.get_color() == "#D55E00"
+    assert [part[:, 1].tolist() for part in bars.get_segments()] == [[40, 65], [79, 90]]
+    plt.close(figure)

@@ -1,14 +1,21 @@
 """The ledger says what the results say, and its rules do what the page says of them."""
 
 import csv
+import itertools
+import json
+import re
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from notebooks import ledger
+from tpbook.book import results
 
 CLAIMS = ledger.claims()
+WOOF = ledger.RESULTS / "imagewoof-gpu"
 
 
 def test_the_committed_ledger_is_what_the_results_say():
@@ -52,6 +59,176 @@ def test_the_headlines_are_tested_in_pairs():
         assert sum(entry["paper"] == paper for entry in tested) >= 5
 
 
+@cache
+def entries():
+    return ledger.ledger()
+
+
+def bits(name, data):
+    """(seeds, n) array of which images were right, from the digits of a row's files; not read as the ledger does."""
+    files = [json.loads(path.read_text())["rows"] for path in sorted(WOOF.glob(f"{name}-s*.json"))]
+    rows = [row for file in files for row in file if row["data"] == data and row["trained"]]
+    right = ["".join(f"{int(digit, 16):04b}" for digit in row["correct"])[-row["n"] :] for row in rows]
+    return np.array([list(one) for one in right], int)
+
+
+@pytest.mark.parametrize(
+    ("data", "claim", "ours", "theirs", "said", "status"),
+    [
+        ("val", "ρ = 0.3; from", "masked-dynamicvit-0.3", "plain-dynamicvit-0.3", (1.96, 1.26, 2.67), "same trend"),
+        ("val", "ρ = 0.8; from", "masked-dynamicvit-0.7", "plain-dynamicvit-0.7", (0.05, -0.29, 0.40), "not seen"),
+        ("test", "ρ = 0.3; from", "masked-dynamicvit-0.3", "plain-dynamicvit-0.3", (1.13, -0.74, 3.01), "not seen"),
+        ("test", "ρ = 0.3: dTPS", "plain-dtps-0.3", "plain-dynamicvit-0.3", (6.87, 4.30, 9.43), "same trend"),
+        ("test", "ρ = 0.2: eTPS", "plain-etps-0.2", "plain-evit-0.2", (3.27, 1.23, 5.31), "same trend"),
+    ],
+)
+def test_a_row_of_imagewoof_says_what_its_files_do(data, claim, ours, theirs, said, status):
+    """The difference, its interval, p, n, seeds, power and commands, by the formulas of a textbook."""
+    gain = 100.0 * (bits(ours, data) - bits(theirs, data))  # (seeds, n)
+    (seeds, n), by_image = gain.shape, gain.mean(axis=0)
+    mean, error, critical = by_image.mean(), by_image.std(ddof=1) / n**0.5, stats.t.ppf(0.975, n - 1)
+    low, high, p = mean - critical * error, mean + critical * error, 2 * stats.t.sf(abs(by_image.mean()) / error, n - 1)
+    assert tuple(round(x, 2) for x in (mean, low, high)) == said
+    (row,) = [e for e in entries() if e["setting"].startswith(f"Imagewoof {data} ") and claim in e["claim"]]
+    assert row["ours"] == (
+        f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}], {results.probability(p)}, n = {n}, "
+        f"{(gain.mean(axis=1) > 0).sum()} of {seeds} seeds ahead"
+    )
+    assert row["status"] == status and f" {seeds} seeds" in row["setting"]
+    again = [f"make row ROW={name}-s{seed} OF=imagewoof-gpu" for name in (ours, theirs) for seed in range(seeds)]
+    assert sorted(row["command"].split("; ")) == sorted(again)
+    power = results.power(gain / 100, 0 * gain)  # there the noncentral t is beyond the critical value in 80 %
+    found = stats.nct.sf(critical, n - 1, power / error) + stats.nct.cdf(-critical, n - 1, power / error)
+    assert found == pytest.approx(0.8, abs=1e-4)
+    assert row["power"] == (f"{power:.1f} points" if status == "not seen" else "")
+
+
+def figures(entry):
+    """Difference and interval, of the text of a claim of direction."""
+    return [float(x) for x in re.findall(r"[+-][\d.]+", entry["ours"])[:3]]
+
+
+def test_masked_fine_tuning_on_imagewoof():
+    """Each part of the abstract that the rows can test has both columns; and what the page says of them in words."""
+    all_of = [e for e in entries() if e["paper"] == "Masked fine-tuning" and "Imagewoof" in e["setting"]]
+    test, val = ([e for e in all_of if f"Imagewoof {data} " in e["setting"]] for data in ("test", "val"))
+    robust = [e for e in test if "occlusion" in e["claim"]]  # removal without training was run on test alone
+    trained = [e for e in test if e not in robust]
+    assert len(robust) == 1 and robust[0]["status"] == "same trend"
+    assert [(e["claim"], e["why"]) for e in trained] == [(e["claim"], e["why"]) for e in val] and len(val) == 7
+    assert all("no ρ = 0.8 was run" in e["why"] for e in all_of if "0.8" in e["claim"])
+    assert [e["status"] for e in val] == [
+        "not seen", "same trend",  # the headline at ρ = 0.7 for 0.8, at 0.3
+        "same trend", "same trend",  # more at 0.3, at 0.2
+        "same trend", "same trend", "not seen",  # EViT, dTPS, eTPS
+    ]  # fmt: skip
+    assert float(val[0]["power"].split()[0]) < 81.9 - 81.3  # a gain as printed for ρ = 0.8 would have shown at 0.7
+    for e, other in zip(trained, val):  # nothing else is decided on test: its intervals hold zero, and what val found
+        _, low, high = figures(e)
+        assert e["status"] == "not seen" and low <= 0 <= high and low <= figures(other)[0] <= high
+
+
+def test_masked_fine_tuning_on_other_data():
+    mine = [e for e in entries() if e["paper"] == "Masked fine-tuning" and e["ours"]]
+    assert {e["status"] for e in mine if "occlusion" in e["claim"]} == {"same trend"}  # every data set decides it alike
+    short = [e for e in mine if e["setting"].startswith("Imagenette") and "not trained" not in e["setting"]]
+    for e in short:  # its power is above what Imagewoof shows of the same claim
+        shown = [figures(o)[0] for o in mine if o["claim"] == e["claim"] and "Imagewoof" in o["setting"]]
+        assert len(shown) >= 2 and float(e["power"].split()[0]) > max(shown)
+
+
+def test_imagewoof_tests_all_that_it_can():
+    """A claim that Imagenette tests has a row for each column whose files hold its starts, methods and ratios."""
+    keys = ("data", "start", "method", "keep_ratio", "select", "trained")
+    held = {tuple(row[key] for key in keys) for row in ledger.measured("imagewoof-gpu")}
+    tested = set()
+    for claim in CLAIMS:
+        if claim["ours"].startswith("imagewoof-gpu"):
+            tested.add((ledger.words(claim), claim["table"], next(ledger.parts(claim["ours"]))[1]["data"]))
+    for claim, data in itertools.product(CLAIMS, ("test", "val")):
+        if claim["ours"].startswith("imagenette; start"):
+            wants = [want for side in ("ours", "against") for _, want in ledger.parts(claim[side])]
+            cells = [
+                (data, want["start"], method, float(ratio), want["select"], want["trained"] == "true")
+                for want in wants for method in want["method"].split("|") for ratio in want["keep_ratio"].split("|")
+            ]  # fmt: skip
+            assert not set(cells) <= held or (ledger.words(claim), claim["table"], data) in tested
+    assert len(tested) > 30
+
+
+def test_what_a_setting_says():
+    for claim in CLAIMS:
+        if claim["ours"]:
+            name, want = next(ledger.parts(claim["ours"]))
+            setting = ledger.direction(claim)[-1]
+            seeds = {row["seed"] for row in ledger.measured(name) if row["data"] == want["data"]} - {None}
+            said = "1 seed," if len(seeds) == 1 else f"{len(seeds)} seeds"
+            assert said in f"{setting}," or want["data"] == "nips"
+    assert all("H100" in json.loads(path.read_text())["run"]["device"] for path in WOOF.glob("*.json"))
+
+
+def test_power():
+    """At the difference that it names four of five experiments find one, by the test that `paired` makes."""
+    rng, n, apart = np.random.default_rng(0), 400, 0.16  # the share of images that only one of the two gets right
+    truth = (apart * 2.807**2 / (n + 2.807**2)) ** 0.5  # 2.807 standard errors: t of 399 at 0.975 and 0.8
+    found, named = [], []
+    for _ in range(1000):
+        draw = rng.random(n)
+        ours, theirs = (draw < (apart + truth) / 2)[None], (draw > 1 - (apart - truth) / 2)[None]
+        found.append(results.paired(ours, theirs)["p"] < 0.05)
+        named.append(results.power(ours, theirs))
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+    assert np.mean(named) == pytest.approx(100 * truth, rel=0.01)
+
+
+def test_power_is_of_the_mean_over_seeds():
+    a = np.zeros((2, 100))
+    a[0, :20], a[1, 10:30] = 1, 1
+    scatter = 100 * a.mean(axis=0).std(ddof=1)
+    assert results.power(a, 0 * a) == pytest.approx(scatter / 10 * (1.984217 + 0.845267), rel=1e-6)
+    assert results.power(0 * a, a) == results.power(a, 0 * a)
+    assert np.isnan(results.power(a, a))
+
+
+def test_what_is_not_seen_says_what_could_have_been():
+    for e in entries():
+        open_ = e["status"] == "not seen"
+        if "points" in e["ours"]:
+            assert bool(re.fullmatch(r"\d+\.\d points", e["power"])) == open_
+            if open_ and "seeds ahead" not in e["ours"]:  # then the interval alone leaves it open
+                assert abs(figures(e)[0]) < float(e["power"].split()[0])
+        elif open_ and e["setting"].startswith("CPU"):
+            times, low, high = (float(x) for x in re.findall(r"[\d.]+(?= × | ×$|, |]$)", e["ours"])[-3:])
+            assert low <= 1 <= high and float(e["power"].removesuffix(" ×")) == pytest.approx(times / low, rel=0.02)
+        else:
+            assert e["power"] == ""
+
+
+def test_a_row_that_was_run_again(tmp_path, capsys):
+    again = tmp_path / "masked-evit-0.3-s1.json"
+    row = json.loads((WOOF / again.name).read_text())
+
+    def compared():
+        again.write_text(json.dumps(row))
+        return ledger.compare(again, "imagewoof-gpu"), *capsys.readouterr().out.splitlines()
+
+    whole, trained, test, val = compared()
+    assert whole and trained == "images seen in training: 43250"
+    assert "test:" in test and "val:" in val
+    assert all(" inside the committed" in line and "n =" not in line for line in (test, val))
+    row["training"]["images_seen"] = 20000
+    (seen,) = [r for r in row["rows"] if r["data"] == "val"]
+    seen["right"], seen["n"] = round(1000 * seen["right"] / seen["n"]), 1000
+    whole, trained, test, val = compared()
+    assert whole and trained.endswith(": 20000; the committed row 43250, so a part of the data is missing here")
+    assert "n =" not in test and " inside " in val and val.endswith("; n = 1000, the committed n = 3767")
+    seen["right"] -= 100
+    whole, trained, test, val = compared()
+    assert not whole and " inside " in test and " OUTSIDE the committed" in val
+    untouched = ledger.RESULTS / "imagenette" / "untouched-s0.json"  # nothing was trained
+    assert ledger.compare(untouched, "imagenette") and "training" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def two(monkeypatch):
     """Two ways on 400 images and two seeds, b right where a is not in as many images a seed as asked for."""
@@ -66,6 +243,7 @@ def two(monkeypatch):
             else:
                 b[seed, : -n] = 0
         sides = {"b": b, "a": a}
+        monkeypatch.setattr(ledger, "tested_on", lambda claim, seeds: "")
         monkeypatch.setattr(ledger, "select", lambda text: (sides[text], []))
 
     return make
@@ -82,6 +260,12 @@ def test_direction(two, monkeypatch):
     assert status() == "not seen"
     two(1, 1)  # within chance
     assert (status(), status("=")) == ("not seen", "same trend")
+    one = {"ours": "b", "against": "a", "relation": ">"}
+    assert ledger.direction(one)[3] == "0.7 points"  # of one image in 400: 0.25 (1.966 + 0.843)
+    two(60, -2)
+    assert ledger.direction(one)[3] != ""
+    two(40, 30)
+    assert ledger.direction(one)[3] == ""
     a = np.zeros((2, 400), int)
     b = a.copy()
     a[:, :20], b[:, 20:42] = 1, 1  # no difference to be seen, but too wide an interval to say that there is none
@@ -90,11 +274,12 @@ def test_direction(two, monkeypatch):
 
 
 def test_select(monkeypatch):
-    def row(start, ratio, seed, correct):
-        return {"start": start, "keep_ratio": ratio, "select": "own", "trained": True, "seed": seed, "n": 4,
-                "correct": correct, "file": f"{start}-{ratio}.json"}  # fmt: skip
+    def row(start, ratio, seed, correct, data="test"):
+        return {"start": start, "keep_ratio": ratio, "select": "own", "trained": True, "data": data, "seed": seed,
+                "n": 4, "correct": correct, "file": f"{start}-{ratio}.json"}  # fmt: skip
 
     rows = [row("plain", 0.5, 0, "f"), row("plain", 0.3, 0, "8"), row("masked", 0.5, 0, "c")]
+    rows += [row("plain", 0.5, 0, "1", "val"), row("plain", 0.5, 1, "7", "val")]
     monkeypatch.setattr(ledger, "measured", lambda name: rows)
     bits, files = ledger.select("x; start=plain; keep_ratio=0.5")
     assert bits.tolist() == [[1, 1, 1, 1]] and files == ["plain-0.5.json"]
@@ -102,8 +287,11 @@ def test_select(monkeypatch):
     assert bits.tolist() == [[1, 0.5, 0.5, 0.5]] and files == ["plain-0.3.json", "plain-0.5.json"]
     bits, files = ledger.select("x; start=masked; keep_ratio=0.5 minus x; start=plain; keep_ratio=0.3")
     assert bits.tolist() == [[0, 1, 0, 0]] and files == ["masked-0.5.json", "plain-0.3.json"]
+    assert ledger.select("x; data=val; start=plain; keep_ratio=0.5")[0].tolist() == [[0, 0, 0, 1], [0, 1, 1, 1]]
     with pytest.raises(ValueError, match="no row has"):
         ledger.select("x; start=plain; keep_ratio=0.1")
+    with pytest.raises(ValueError, match="no row has"):
+        ledger.select("x; data=val; start=masked; keep_ratio=0.5")
 
 
 def test_speed(monkeypatch):

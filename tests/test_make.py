@@ -52,7 +52,7 @@ def reads(path):
     if "import ledger" in text:  # which asks for the claims at least
         named += ["../book/claims.csv"]
     if "ledger.ledger()" in text:  # which asks for what the claims are tested on
-        named += ["results/digits", "results/imagenette", "results/cost-and-speed.json"]
+        named += [f"results/{name}" for name in ("digits", "imagenette", "imagewoof-gpu", "cost-and-speed.json")]
     if "imagenet.md" in text:  # whose commands are of recipes
         named += ["../recipes/imagenet"]
     files = set()
@@ -73,7 +73,8 @@ CHANGED = [
     "notebooks/results/cost-and-speed.json", "notebooks/results/imagenette/plain-s0.json", "notebooks/ledger.py",
     "notebooks/results/speed/ratios.json", "notebooks/pooling.py", "book/imagenet.md", "recipes/digits/evit.yaml",
     "tests/fixtures/images.safetensors", "notebooks/results/fast-path.json",
-    "notebooks/results/digits/backbones.json",
+    "notebooks/results/digits/backbones.json", "notebooks/results/imagewoof-gpu/plain-s0.json",
+    "notebooks/results/loading.json",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import tpbook
 from tpbook import data, train
+from tpbook.book import own
 from tpbook.training import models, sources
 from tpbook.training.loop import taught
 from tpbook.training.recipes import make, read
@@ -93,9 +94,9 @@ def test_from_the_command_line_to_a_named_prediction(home, capsys, monkeypatch):
     assert [[int(((labels == i) & (taken == j)).sum()) for j in range(3)] for i in range(3)] == result["confusion"]
     # the weights are the pretrained ones but for a new head, trained a little
     start = load_file(home / "test_vit.safetensors")
-    own = model.state_dict()
-    assert own["head.weight"].shape[0] == 3 and start["head.weight"].shape[0] == 1000
-    assert 0 < (own["pos_embed"] - start["pos_embed"]).abs().max() < 0.05
+    ends = model.state_dict()
+    assert ends["head.weight"].shape[0] == 3 and start["head.weight"].shape[0] == 1000
+    assert 0 < (ends["pos_embed"] - start["pos_embed"]).abs().max() < 0.05
 
 
 def test_a_path_will_do(home, monkeypatch):
@@ -193,6 +194,21 @@ def test_photographs_in_a_folder_are_learned(home):
     result = go(home / "run", data="pieces", start="random", held_out=0.25, epochs=4, batch=10, lr=2e-3)
     assert result["classes"] == ["china.jpg", "flower.jpg"] and result["accuracy"]["n"] == 20
     assert result["accuracy"]["percent"] >= 85
+
+
+def test_the_chapters_sample(home):
+    """Pieces of the left of three photographs, and of the right; what to look at in a folder."""
+    folder = own.sample("digits", home / "sample")
+    classes, images, test = source(data="sample")
+    assert classes.names == tuple(own.PIECES) == ("flower", "it's a portrait!", "temple")
+    assert own.counts(classes, train=images, test=test).to_dict("list") == {"train": [80] * 3, "test": [30] * 3}
+    assert own.in_both(images, test) == 0
+    (folder / "val/temple/again.jpg").write_bytes((folder / "train/flower/003.jpg").read_bytes())
+    _, images, test = source(data="sample")
+    assert own.in_both(images, test) == 1 and own.counts(classes, test=test)["test"]["temple"] == 31
+    begun = folder.stat().st_mtime
+    assert own.sample("digits", folder).stat().st_mtime == begun  # what is there stays
+    assert all(name in own.credits(folder, "digits") for name in ("vultilion", "danielbuechele", "U.S. Navy"))
 
 
 # ------------------------------------------------------------------------------------------- torchvision, Hugging Face
@@ -404,6 +420,7 @@ def test_a_teacher_of_another_architecture(home):
     recipe = make({**SMALL, **keys, "token_weight": 0.0})
     classes = train.load_data(recipe)[0]
     model = train.build(recipe, classes)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
     teacher = train.teacher_of(recipe, classes, model)
     plain = timm.create_model("test_resnet")
     plain.load_state_dict(load_file(home / "test_resnet.safetensors"))

@@ -72,8 +72,8 @@ def test_every_import_is_declared():
 
 def test_extras_reach_the_tests():
     extras = PROJECT["optional-dependencies"]
-    assert "tpbook[huggingface,open_clip]" in extras["test"]
+    assert "tpbook[huggingface,open_clip,datasets]" in extras["test"]
     pinned = names((TOP / "constraints.txt").read_text().split())
     listed = names(line for line in (TOP / "requirements.txt").read_text().splitlines() if re.match(r"\w", line))
-    assert {"transformers", "open-clip-torch", *ALWAYS} <= listed <= pinned
+    assert {"transformers", "open-clip-torch", "datasets", *ALWAYS} <= listed <= pinned
     assert not {"ruff", "py-spy"} & pinned

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t
 
 import tpbook
 from notebooks.pooling import POOLING
@@ -75,13 +76,14 @@ def test_pooling(small, images, monkeypatch):
 
 
 def test_the_committed_matrix_is_whole():
-    """Each cell that the chapters speak of has its three seeds, and each row counts what it lists."""
-    names = ("matrix", "ablations")
-    matrix, ablations = (json.loads((RESULTS / "digits" / f"{name}.json").read_text())["rows"] for name in names)
+    """Each cell that the chapters speak of has all seeds of the file, and each row counts what it lists."""
+    said = {name: json.loads((RESULTS / "digits" / f"{name}.json").read_text()) for name in ("matrix", "ablations")}
+    matrix, ablations, seeds = said["matrix"]["rows"], said["ablations"]["rows"], said["matrix"]["seeds"]
+    assert len(seeds) >= 3
     starts = ("untouched", "plain", "masked 0.25", "masked 0.5", "masked 0.75")
     for start, method, ratio in product(starts, ("dynamicvit", "evit", "dtps", "etps"), (0.7, 0.5, 0.3)):
         cell = {"start": start, "method": method, "keep_ratio": ratio, "select": "own", "trained": True}
-        assert results.correct(matrix, **cell).shape == (3, 797)
+        assert results.correct(matrix, **cell).shape == (len(seeds), 797)
     for row in matrix + ablations:
         assert results.correct([row]).sum() == row["right"]
     assert len({row["start"] for row in ablations}) == 10 and len(ablations) == 30
@@ -161,6 +163,92 @@ def test_the_committed_reproduction_is_whole():
         for part in (result, result["training"] or result):
             run = part["run"]
             assert {"commit", "date", "torch", "timm", "machine", "device", "threads"} <= set(run)
+
+
+WOOF = RESULTS / "imagewoof-gpu"
+STARTED = ("plain", "masked"), ("dynamicvit", "evit", "dtps", "etps"), (0.7, 0.5, 0.3, 0.2)
+
+
+@pytest.fixture(scope="module")
+def woof():
+    """(start, method, ratio, trained, data) → (seeds, n) bits of the GPU's rows, read without the package."""
+    rows, found = [row for path in WOOF.glob("*.json") for row in json.loads(path.read_text())["rows"]], {}
+    for row in sorted((row for row in rows if row["select"] == "own"), key=lambda row: row["seed"]):
+        key = tuple(row[k] for k in ("start", "method", "keep_ratio", "trained", "data"))
+        bits = [int(row["correct"], 16) >> i & 1 for i in reversed(range(row["n"]))]
+        assert sum(bits) == row["right"]
+        found.setdefault(key, []).append(bits)
+    return {key: np.array(bits) for key, bits in found.items()}
+
+
+def test_the_gpu_rows_are_whole(woof):
+    """Four methods × four ratios × two starts × three seeds on both columns, all made alike."""
+    for data, n in (("test", 500), ("val", 3767)):
+        for start, method, ratio in product(*STARTED):
+            assert woof[start, method, ratio, True, data].shape == (3, n)
+        assert woof["plain", "dense", 1.0, True, data].shape == (3, n)
+    ran = results.trainings(WOOF)
+    assert len(ran) == len(list(WOOF.glob("*.json"))) == 2 * (4 * 4 + 1) * 3
+    images = 9025 + 3929 - 500 - 3767  # the archive's two folders, without test images and the second column
+    assert images == 8687 and {training["images_seen"] for training in ran} == {5 * (images // 50 * 50)}
+    assert {training["recipe"]["data"] for training in ran} == {"imagewoof2-160"}
+    assert {training["last"]["step"] for training in ran} == {865}
+    made = results.made(WOOF)
+    assert (made["runs"], made["seeds"], made["epochs"], made["precision"]) == (102, "0, 1, 2", "5", "bf16")
+    assert made["device"] == "NVIDIA H100 80GB HBM3" and made["commit"] == "859bd366e4a1-dirty"
+    assert {json.loads(path.read_text())["profile"] for path in WOOF.glob("*.json")} == {"imagenette"}
+
+
+# what the pages print of them, at ρ = 0.7, 0.5, 0.3 and 0.2: difference in points [95 % interval], as many digits
+PRINTED = [
+    ("masked dynamicvit − plain dynamicvit", "val", True,
+     "+0.05 [-0.29, +0.40], +0.46 [+0.05, +0.87], +1.96 [+1.26, +2.67], +3.97 [+2.96, +4.99]"),
+    ("masked dtps − plain dtps", "val", True,
+     "+0.26 [-0.08, +0.59], +0.44 [+0.05, +0.84], +1.24 [+0.66, +1.82], +1.88 [+1.14, +2.63]"),
+    ("masked evit − plain evit", "val", True,
+     "+0.06 [-0.23, +0.35], +0.27 [-0.10, +0.63], +0.64 [+0.16, +1.11], +0.42 [-0.16, +0.99]"),
+    ("masked etps − plain etps", "val", True,
+     "+0.16 [-0.15, +0.47], +0.30 [-0.05, +0.65], +0.29 [-0.16, +0.74], +0.12 [-0.45, +0.69]"),
+    ("masked dynamicvit − plain dynamicvit", "test", True,
+     "+0.0 [-0.8, +0.8], +1.0 [-0.2, +2.2], +1.1 [-0.7, +3.0], +2.3 [-0.3, +4.8]"),
+    ("masked random − plain random", "test", False,
+     "+0.3 [-0.7, +1.2], +1.1 [-0.4, +2.6], +7.7 [+5.8, +9.6], +3.9 [+2.0, +5.7]"),
+    ("masked evit − plain evit", "test", False,
+     "+0.3 [-0.5, +1.1], +1.6 [+0.1, +3.1], +3.5 [+1.4, +5.6], +2.9 [+0.3, +5.4]"),
+    ("masked etps − plain etps", "test", False,
+     "+0.9 [+0.1, +1.7], +0.8 [-0.7, +2.3], +1.3 [-0.5, +3.1], +3.2 [+0.9, +5.5]"),
+    ("plain dtps − plain dynamicvit", "test", True,
+     "+0.1 [-0.7, +0.8], +0.7 [-0.7, +2.0], +6.9 [+4.3, +9.4], +23.8 [+20.3, +27.3]"),
+    ("plain etps − plain evit", "test", True,
+     "+0.1 [-0.5, +0.6], +0.8 [-0.4, +2.0], +3.1 [+1.4, +4.8], +3.3 [+1.2, +5.3]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what, data, trained, printed", PRINTED)
+def test_what_the_gpu_rows_say(woof, what, data, trained, printed):
+    """By the t-test's textbook formula from the rows alone, and by `paired`."""
+    ours, theirs = (part.split() for part in what.split(" − "))
+    digits = 2 if data == "val" else 1
+    by_hand, by_paired = [], []
+    for ratio in STARTED[2]:
+        a, b = (woof[start, method, ratio, trained, data] for start, method in (ours, theirs))
+        gain = 100 * (a - b).mean(axis=0)  # (n,)
+        slack = t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / len(gain) ** 0.5
+        pair = results.paired(a, b)
+        for said, numbers in (
+            (by_hand, (gain.mean(), gain.mean() - slack, gain.mean() + slack)),
+            (by_paired, (pair["difference"], pair["low"], pair["high"])),
+        ):
+            said.append("{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*numbers, d=digits))
+    assert ", ".join(by_hand) == ", ".join(by_paired) == printed
+
+
+def test_seeds_of_the_gpu_rows_agree(woof):
+    """With DynamicViT at 0.3 and 0.2, and with dTPS at every ratio, each seed gains from the masked start."""
+    for method, ratios in (("dynamicvit", (0.3, 0.2)), ("dtps", STARTED[2])):
+        for ratio in ratios:
+            a, b = (woof[start, method, ratio, True, "val"].mean(axis=1) for start in STARTED[0][::-1])
+            assert (a > b).all() and len(a) == 3
 
 
 def test_one_side_is_ahead_where_the_interval_and_every_seed_say_so():

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from .. import data, flops
 from ..engine import prune, unprune
+from ..masking import mask, unmask
 from ..training import recipes
 from ..weights import DIGITS, load_backbone
 from . import plots
@@ -20,7 +23,7 @@ def begin(profile, out):
     """Set the look of every figure, and make the folder that the results go to.
 
     Args:
-        profile: "digits" (embedded) or "imagenette" (DeiT-Ti on photographs).
+        profile: "digits" (embedded), or "imagenette" or "imagewoof" (DeiT-Ti on photographs).
         out: the folder.
 
     Raises:
@@ -32,14 +35,15 @@ def begin(profile, out):
 
 
 def of(profile, **choices):
-    """What a profile takes: `of(profile, digits=500, imagenette=250)`.
+    """What a profile takes: `of(profile, digits=500, imagenette=250)`; "imagewoof" what "imagenette" takes.
 
     Raises:
         ValueError: an unknown profile.
     """
-    if profile not in choices:
+    kind = "imagenette" if profile == "imagewoof" else profile
+    if kind not in choices:
         raise ValueError(f"profile must be {' or '.join(choices)}, got {profile!r}")
-    return choices[profile]
+    return choices[kind]
 
 
 def backbone(profile):
@@ -57,7 +61,7 @@ def size(profile, budget, *, epochs, train_images, test_images, imagenette):
     """Keys of a recipe that make it no larger than what is asked for, to be passed to `recipes.read`.
 
     Args:
-        profile: "digits" or "imagenette".
+        profile: "digits", "imagenette" or "imagewoof".
         budget: as of `tpbook.training.recipes.budget`; "slice" takes what follows.
         epochs, train_images, test_images: 0 images are all (digits).
         imagenette: how many training and test images are taken of photographs where those are 0; of one epoch at most.
@@ -93,6 +97,67 @@ def right(model, images, labels, batch=100):
         (n,) bool.
     """
     return torch.cat([model(x).argmax(1) == y for x, y in zip(images.split(batch), labels.split(batch))])
+
+
+@torch.inference_mode()
+def confidence(model, images, labels, batch=100):
+    """What probability a model gives the right class; arguments as for `right`. → (n,)"""
+    p = torch.cat([model(x).softmax(1) for x in images.split(batch)])  # (n, classes)
+    return p.gather(1, labels[:, None])[:, 0]
+
+
+@torch.inference_mode()
+def class_tokens(model, images, batch=100):
+    """The class token after each block.
+
+    Args:
+        model: a timm ViT with a class token in front.
+        images: (n, C, H, W).
+        batch: images a forward.
+
+    Returns:
+        (blocks, n, C).
+    """
+    seen = []  # (B, C) after each block, image batch by image batch
+    hooks = [block.register_forward_hook(lambda block, args, x: seen.append(x[:, 0].clone())) for block in model.blocks]
+    try:
+        for x in images.split(batch):
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    depth = len(model.blocks)
+    return torch.stack([torch.cat(seen[i::depth]) for i in range(depth)])
+
+
+def step_time(model, images, labels, mask_ratio=0.0):
+    """Seconds of a training step, median: forward, backward, AdamW; bfloat16 autocast on the CPU, explicit attention.
+
+    Args:
+        model: a timm ViT, which is trained on, and in train mode after; its attention stays explicit.
+        images, labels: one batch, (B, C, H, W) and (B,) int64.
+        mask_ratio: share of patches hidden.
+    """
+    model.train()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if mask_ratio:
+        mask(model, mask_ratio)
+    step()
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    took = timer.blocked_autorange(min_run_time=1).median
+    if mask_ratio:
+        unmask(model)
+    return took
 
 
 def right_when_pruned(model, images, labels, method, keep_ratio, seeds, **options):

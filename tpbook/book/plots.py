@@ -139,6 +139,21 @@ def _frame(ax, title):
     ax.set_title(title, fontsize=9)
 
 
+def intervals(ax, x, said, what, **look):
+    """Draw points with their intervals.
+
+    Args:
+        ax: matplotlib axes.
+        x: (n,) where they are.
+        said: n dicts with "low", "high" and `what`, as `results.accuracy` and `results.paired` give them.
+        what: "percent" or "difference".
+        **look: of `Axes.errorbar`: label, color, marker, ls.
+    """
+    y = np.array([one[what] for one in said])
+    error = [y - [one["low"] for one in said], [one["high"] for one in said] - y]
+    ax.errorbar(x, y, error, **{"ms": 5, "lw": 1.2, "capsize": 2, **look})
+
+
 def figure(rows, columns, size=2.0):
     """A grid of square axes, `size` inches each. → figure, (rows, columns) array of axes."""
     return plt.subplots(rows, columns, figsize=(size * columns, size * rows * 1.1), squeeze=False, layout="constrained")
