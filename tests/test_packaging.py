@@ -8,7 +8,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import yaml
 from setuptools.config.pyprojecttoml import read_configuration
+
+import tpbook
 
 TOP = Path(__file__).parent.parent
 PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
@@ -76,4 +79,23 @@ def test_extras_reach_the_tests():
     pinned = names((TOP / "constraints.txt").read_text().split())
     listed = names(line for line in (TOP / "requirements.txt").read_text().splitlines() if re.match(r"\w", line))
     assert {"transformers", "open-clip-torch", "datasets", *ALWAYS} <= listed <= pinned
+    assert names(extras["test"]) - {"tpbook"} <= listed
     assert not {"ruff", "py-spy"} & pinned
+
+
+def test_one_version_and_its_date():
+    """In what is installed, what is cited, and what is told."""
+    citation = yaml.safe_load((TOP / "CITATION.cff").read_text())
+    newest = re.search(r"^## (\S+) \(([\d-]+)", (TOP / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert PROJECT["version"] == tpbook.__version__ == str(citation["version"]) == newest[1]
+    assert str(citation["date-released"]) == newest[2]
+
+
+def test_the_citation_has_what_its_format_asks_for():
+    citation = yaml.safe_load((TOP / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    assert citation["license"] == PROJECT["license"]
+    for work in (citation, *citation["references"]):
+        assert work["title"] and work["authors"]
+        assert all(set(author) in ({"name"}, {"family-names", "given-names"}) for author in work["authors"])
+    assert all(type(work["year"]) is int and work["type"] for work in citation["references"])

@@ -19,7 +19,7 @@ from .masking import mask, unmask
 from .methods import METHODS, Method, register
 from .tracing import Trace, to_grid, trace
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # what is heavy is loaded when first asked for: name → (module, name in it, or None for the module)
 _LATER = {

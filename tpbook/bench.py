@@ -20,6 +20,9 @@ What is compared runs in one process, in turn, in a new order each round. Of the
     × eager       t(eager) / t(pruned)    of a compiled model
     × parts       t(pruned) / t(parts)    of a training step that distils: a dense step, and the teacher's forward
 
+And counted, eager, what a stage starts and moves beyond the bound: operators, and the bytes that they read and write,
+as a multiple of the stage's tokens (`tpbook.timing.operators`).
+
 Weights are random: no time here depends on them.
 
 Chapter: :doc:`/book/speed`
@@ -39,6 +42,7 @@ from .engine import prune, unprune
 from .families import family_of
 from .timing.bound import sliced
 from .timing.clock import interleaved, peak_memory, said, times
+from .timing.operators import said as counted
 from .timing.rows import forwards, training_steps
 from .training.recipes import parse
 
@@ -128,8 +132,8 @@ def run(plan, say=print, keep=None):
         list of dicts, one for each model, image size, dtype, batch, mode and method ("dense", then the plan's for each
         ρ): "ms" (median), "images_per_second", "memory_mb" (eager), and as `times` gives them "times_dense",
         "efficiency", "times_eager", and of the dense model "times_explicit", fused against explicit attention;
-        "attention", the bound's; "times_parts" of training steps that distil; "load", the machine's load average
-        before.
+        "attention", the bound's; "operators", "bytes" and "times_tokens" of a stage, as `a_stage` gives them (eager);
+        "times_parts" of training steps that distil; "load", the machine's load average before.
 
     Raises:
         ValueError, TypeError: a method, ρ or image size that the model cannot have.
@@ -171,7 +175,7 @@ def _line(row):
     for key, name in NAMES.items():
         if key in row:
             line += f"   {name} {said(row[key])}"
-    return line
+    return line + (f"   {counted(row)}" if "operators" in row else "")
 
 
 def _ratio(ratio):

@@ -1,1 +1,3 @@
-"""How `tpbook.bench` times: the clock (`clock`), the slicing bound (`bound`), and what takes turns (`rows`)."""
+"""How `tpbook.bench` times and counts: the clock (`clock`), the slicing bound (`bound`), what takes turns (`rows`), and
+what a stage starts and moves (`operators`).
+"""

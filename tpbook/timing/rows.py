@@ -19,6 +19,7 @@ from ..methods import METHODS
 from ..training.recipes import PRECISIONS, Recipe
 from .bound import copy_of, sliced
 from .clock import interleaved, peak_memory, times
+from .operators import a_stage
 
 
 @torch.inference_mode()
@@ -50,6 +51,7 @@ def forwards(plan, dense, images, ratio, shared):
                 bounds = {attention: seconds["eager", method, attention] for attention in ("fused", "explicit")}
                 row["attention"] = min(bounds, key=lambda attention: bounds[attention].median())
                 row["efficiency"] = times(own, bounds[row["attention"]])
+                row |= a_stage(pruned[method], images)
         elif "eager" in modes:
             row["times_eager"] = times(own, seconds["eager", method])
         rows.append(row)

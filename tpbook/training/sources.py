@@ -1,12 +1,11 @@
 """What the `data` of a recipe names, and the classes that it has.
 
-    digits                   the embedded ones
-    imagenette2-160          under $TPBOOK_DATA, likewise imagewoof2-160; `python -m tpbook.data get` downloads both
-    a folder                 of $TPBOOK_DATA, or a path: train/ and val/ that hold a folder for each class, or these
-                             class folders alone, of which `held_out` says what share is the test set
-    torchvision:NAME         a classification set of torchvision under $TPBOOK_DATA, with `?key=value&…` for its options
-    a folder of datasets     what Hugging Face's `save_to_disk` wrote; `?image=…&label=…` names its columns where it has
-                             several
+- `digits`: the embedded ones.
+- `imagenette2-160`, `imagewoof2-160`: under `$TPBOOK_DATA`; `python -m tpbook.data get` downloads both.
+- A folder of `$TPBOOK_DATA`, or a path: train/ and val/ that hold a folder for each class, or these class folders
+  alone, of which `held_out` says what share is the test set.
+- `torchvision:NAME`: a classification set of torchvision under `$TPBOOK_DATA`, with `?key=value&…` for its options.
+- A folder that Hugging Face's `save_to_disk` wrote; `?image=…&label=…` names its columns where it has several.
 
 Class folders named by WordNet ids of ImageNet-1k keep their place in a head of 1,000 classes. Other classes are counted
 by themselves, and a pretrained model gets a new head for them.
