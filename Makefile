@@ -23,7 +23,7 @@ pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path
+.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -72,6 +72,10 @@ speed: $(env)
 		out=$(speed)/growth.json
 	$(bench) model=[$(tiny),$(small)] dtype=[bfloat16,float32] batch=32 out=$(speed)/ratios-32.json
 	cp $(speed)/*.json notebooks/results/speed
+
+# what a stage starts and moves, counted (seconds)
+operators: $(env)
+	$(bin)/python -m tpbook.timing.operators out=notebooks/results/operators.json
 
 # the status of every claim, from book/claims.csv and the results
 ledger: $(env)
@@ -138,7 +142,7 @@ $(call read_by,masked-fine-tuning ledger): $(scratch)
 $(call read_by,your-own): notebooks/results/loading.json
 $(call read_by,robustness speed ledger): $(costs)
 $(call read_by,paper-and-code): notebooks/results/fast-path.json
-$(call read_by,speed): $(wildcard notebooks/results/speed/*.json)
+$(call read_by,speed): notebooks/results/operators.json $(wildcard notebooks/results/speed/*.json)
 $(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where-the-cost-is): $(claims)
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md

@@ -90,7 +90,7 @@ def status(out):
     committed = {}
     speed = [f"speed/{path.stem}" for path in sorted((folder / "speed").glob("*.json"))]
     digits = [f"digits/{path.stem}" for path in sorted((folder / "digits").glob("*.json"))]
-    for name in (*digits, "cost-and-speed", "loading", *speed):
+    for name in (*digits, "cost-and-speed", "loading", "operators", *speed):
         made = json.loads((folder / f"{name}.json").read_text())
         committed[name] = {"rows": len(made["rows"]), "minutes": made.get("training_minutes"), **made["run"]}
     for name in ("imagenette", "imagewoof-gpu"):

@@ -1,0 +1,166 @@
+"""What a stage starts and moves: operators, and the bytes that they read and write. Counted, so no clock matters::
+
+    python -m tpbook.timing.operators                                          # nine methods, float32 and bfloat16
+    python -m tpbook.timing.operators method=[evit,etps] dtype=float32 batch=1 keep_ratio=0.5 out=operators.json
+
+Counted is a forward in eval mode, eager, of the pruned model, less one of its slicing bound (`tpbook.bench.sliced`)
+with the same attention; the difference is divided by the number of stages. So what a stage makes the blocks around it
+do is its own: a row of the attention, sizes that later attentions weigh by. A learned score is the bound's too.
+
+    an operator   a call that reaches PyTorch's dispatcher below autograd, such as aten.topk. Views of a tensor and
+                  memory that nobody has written to yet are none.
+    its bytes     those of every tensor that it is given and of every one that it returns; what is broadcast counts as
+                  it is stored, what is written in place twice, and a lookup reads of its table what it returns.
+    × tokens      these bytes over those of the (B, n, C) patch tokens that enter the stage, in their own dtype.
+
+A stage of DynamicViT that keeps k of n tokens is five operators: topk; arange and add, which find the rows of a batch;
+embedding, which looks k rows up and writes them; cat, which puts them behind the class token. The last two read and
+write k rows each, so ρ = 0.7 moves 4 · 0.7 = 2.8 times the stage's tokens, and a little for scores and positions.
+
+`TorchDispatchMode` counts, and not `torch.profiler`: it is handed the tensors themselves, of which a profile knows the
+shapes alone, and each operator once. A profile has what an operator calls inside too, and on a GPU kernels, of which a
+sort starts several. So the counts follow our code, and say nothing of how a device runs an operator.
+
+Chapter: :doc:`/book/speed`
+"""
+
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..book import results
+from ..checks import check_name
+from ..engine import is_pruned, prune
+from ..families import family_of
+from ..tracing import trace
+from ..training.recipes import parse
+from .bound import sliced
+
+ATEN = torch.ops.aten
+FREE = {
+    ATEN.empty, ATEN.empty_like, ATEN.empty_strided, ATEN.new_empty, ATEN.new_empty_strided, ATEN._unsafe_view
+}  # fmt: skip
+LOOKUPS = {ATEN.embedding, ATEN.gather, ATEN.index, ATEN.index_select}
+METHODS = ("dynamicvit", "evit", "topk", "dtps", "etps", "tome", "dpcknn", "evovit", "ats")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Work(TorchDispatchMode):
+    """Counts while it is entered: `operators`, how often each was started, by its name, and `bytes` of all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.bytes = Counter(), 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        returned = operator(*args, **(kwargs or {}))
+        packet = operator.overloadpacket
+        if not operator.is_view and packet not in FREE:
+            given, written = _bytes((args, kwargs)), _bytes(returned)
+            if packet in LOOKUPS:
+                given += min(0, written - _bytes(args[0]))
+            self.operators[str(packet)] += 1
+            self.bytes += given + written
+        return returned
+
+
+def _bytes(tree):
+    """Those of all tensors in it, each as often as it occurs; a dimension that is broadcast is stored once."""
+    return sum(
+        math.prod(n for n, step in zip(x.shape, x.stride()) if step) * x.itemsize
+        for x in tree_leaves(tree) if torch.is_tensor(x)
+    )  # fmt: skip
+
+
+def work(model, images):
+    """`Work` of a forward without gradient, whether or not inference mode is on around it."""
+    with torch.inference_mode(False), torch.no_grad(), Work() as counted:
+        model(images)
+    return counted
+
+
+def a_stage(model, images):
+    """What a stage of a pruned model starts and moves beyond its slicing bound; the mean over its stages.
+
+    Args:
+        model: a model pruned by `tpbook.prune`, in eval mode.
+        images: (B, 3, H, W) that it takes; where images decide how many tokens they keep, the count depends on them.
+
+    Returns:
+        dict: "operators"; "bytes" that they read and write; "times_tokens", these over those of the tokens that enter.
+
+    Raises:
+        ValueError: the model is not pruned, trains, or removes no tokens, but has a fast path for them.
+    """
+    if not is_pruned(model) or model.training:
+        raise ValueError(f"model must be a pruned one in eval mode, got {type(model).__name__}")
+    with torch.inference_mode(False), torch.no_grad(), trace(model) as seen:
+        model(images)
+    varies, stages = model.pruning.method.chooses.varies, len(model.pruning.at)
+    bound = work(sliced(model, [patch.shape[1] for patch in seen.kept] if varies else None), images)
+    whole = work(model, images)
+    more = whole.bytes - bound.bytes
+    return {
+        "operators": (whole.operators.total() - bound.operators.total()) / stages, "bytes": more / stages,
+        "times_tokens": more / sum(x.nbytes for x in seen.entered),
+    }  # fmt: skip
+
+
+def measure(model="deit_tiny_patch16_224", method=METHODS, keep_ratio=0.7, dtype=DTYPES[:2], batch=8):
+    """`a_stage` of methods and dtypes, each one or several, on random weights and images of seed 0.
+
+    Returns:
+        list of dicts, one a dtype and method.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be.
+    """
+    if not timm.is_model(model):
+        raise ValueError(f"model must be a timm model (timm.list_models()), got {model!r}")
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be an int of at least 1, got {batch!r}")
+    methods, dtypes = ((some,) if isinstance(some, str) else tuple(some) for some in (method, dtype))
+    for kind in dtypes:
+        check_name("dtype", kind, DTYPES)
+    rows, shared = [], {"model": model, "keep_ratio": keep_ratio, "batch": batch}
+    for kind in dtypes:
+        for name in methods:
+            torch.manual_seed(0)
+            pruned = prune(timm.create_model(model).eval(), name, keep_ratio=keep_ratio).to(getattr(torch, kind))
+            family = family_of(pruned)
+            images = torch.randn(batch, family.channels(pruned), *family.image_size(pruned)).to(getattr(torch, kind))
+            rows.append({**shared, "dtype": kind, "method": name, **a_stage(pruned, images)})
+    return rows
+
+
+def said(counts):
+    """What `a_stage` found, for a line of text."""
+    return "a stage {operators:.0f} operators, {times_tokens:.1f} × tokens".format(**counts)
+
+
+def main(arguments=None):
+    """The command."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    try:
+        keys = parse(words, {"model": str, "method": tuple, "dtype": tuple, "out": str})
+        out = keys.pop("out", None)
+        rows = measure(**keys)
+        for row in rows:
+            print(f"{row['method']:10} {row['dtype']}: {said(row)}")
+        if out:
+            results.save(Path(out).parent, Path(out).stem, {"rows": rows})
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"tpbook.timing.operators: {error}")
+
+
+if __name__ == "__main__":
+    main()
