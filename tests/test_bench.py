@@ -128,6 +128,9 @@ def test_rows_of_a_run(tmp_path, capsys):
         for key in ("times_explicit",) if dense else ("times_dense", "efficiency"):
             median, low, high = row[key]
             assert low <= median <= high
+    assert [row.get("operators") for row in rows] == [None, *2 * (5, 13, 22, 28)]  # counted whatever ρ is
+    assert all(row["bytes"] > 0 and row["times_tokens"] > 1 for row in rows[1:])
+    assert "a stage 5 operators, " in said and said.count(" × tokens") == 8
     assert written["plan"]["rounds"] == 7 and written["run"]["threads"] == torch.get_num_threads()
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
 
@@ -209,6 +212,7 @@ def test_help(capsys):
         (["out=bench.csv"], "out must end in .json, got 'bench.csv'"),
         ([f"model={TINY}", "method=evt"], "method must be one of dynamicvit"),
         ([f"model={TINY}", "keep_ratio=1.5"], r"keep_ratio must lie in \(0, 1\], got 1.5"),
+        ([f"model={TINY}", "method=ats"], "model must be one whose token counts are known, got one pruned by 'ats'"),
         ([f"model={TINY}", "mode=graphs"], "mode 'graphs' needs device=cuda"),
         (
             [f"model={TINY}", "mode=training", "dtype=float16"],

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import tpbook
 from tpbook import data, losses
 from tpbook.book import results
-from tpbook.training import loop, setup
+from tpbook.training import loop, models, setup, sources
 from tpbook.training.recipes import make
 
 TOP = Path(__file__).parent.parent
@@ -71,11 +71,11 @@ def _picture():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_know_them(name):
-    model = setup.build(make({"model": name, "start": "random"}), tuple(range(10)))
+    model = models.build(make({"model": name, "start": "random"}), sources.DIGITS)
     assert isinstance(model, type(tpbook.load_backbone(name)))
     assert len(setup.optimizer_of(make({}), model).param_groups) == 2  # decayed or not
     with pytest.raises(ValueError, match="takes images of 1 channels and data 'imagenet' has 3"):
-        setup.build(make({"model": name, "start": "random", "data": "imagenet"}), tuple(range(1000)))
+        models.build(make({"model": name, "start": "random", "data": "imagenet"}), sources.imagenet())
 
 
 WITHOUT = """
@@ -130,7 +130,7 @@ def test_the_auxiliary_head_trains_where_a_recipe_says_so(test):
     with pytest.raises(ValueError, match="aux_weight must be 0 where a method prunes, got 0.5 and 'evit'"):
         make({"aux_weight": 0.5, "method": "evit"})
     with pytest.raises(ValueError, match="aux_weight must be 0 for model 'pvt_digits_56', which has no auxiliary head"):
-        setup.build(make({"model": "pvt_digits_56", "start": "random", "aux_weight": 0.5}), tuple(range(10)))
+        models.build(make({"model": "pvt_digits_56", "start": "random", "aux_weight": 0.5}), sources.DIGITS)
 
 
 # ------------------------------------------------------------------------------------------------ the committed rows

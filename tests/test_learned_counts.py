@@ -14,7 +14,7 @@ from tpbook import flops, losses, train
 from tpbook.methods import METHODS, Method
 from tpbook.methods.adavit import TOKEN_THRESHOLD, gumbel_sigmoid
 from tpbook.methods.ia_red2 import Interpreter
-from tpbook.training import setup
+from tpbook.training import models
 from tpbook.training.recipes import make
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "digits"
@@ -436,4 +436,4 @@ def test_each_has_a_recipe(method, tmp_path):
 def test_a_loss_that_takes_no_such_thing(method):
     recipe = make({"method": method, "loss": {"steepness": 1}})
     with pytest.raises(ValueError, match="loss must have keys of .*, got 'steepness'"):
-        setup.adapt(recipe, vit())
+        models.adapt(recipe, vit())

@@ -15,7 +15,8 @@ from tpbook import flops, train
 from tpbook.backbones.lvvit import Stem
 from tpbook.families import family_of
 from tpbook.methods.counts import token_counts
-from tpbook.training import setup
+from tpbook.training import sources
+from tpbook.training.models import build
 from tpbook.training.recipes import make
 
 SMALL = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 10}
@@ -336,7 +337,7 @@ def test_weights_from_a_file(stored):
     assert torch.equal(tpbook.load_backbone("lvvit_t")(x), stored(x))
     classes = (0, 217, 482)
     recipe = make({"model": "lvvit_t", "data": "imagenette2-160", "head": "data"})
-    narrow = setup.build(recipe, classes)
+    narrow = build(recipe, sources.imagenet(classes))
     torch.testing.assert_close(narrow(x), stored(x)[:, classes], atol=1e-4, rtol=0)
     five = tpbook.load_backbone("lvvit_t", num_classes=5, img_size=64, in_chans=1)
     assert five(torch.randn(1, 1, 64, 64)).shape == (1, 5) and five.aux_head.out_features == 5

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import tpbook
 from tpbook import data, train
-from tpbook.training import loop, models, setup
+from tpbook.training import loop, models, sources
 from tpbook.training.checkpoints import FREE
 from tpbook.training.recipes import budget, make, read, written
 
@@ -177,7 +177,7 @@ def test_frozen_parts_do_not_move(tmp_path):
 
 def test_learning_rates_of_predictors_and_backbone():
     recipe = make({**LEARNED, "backbone_lr_scale": 0.01, "weight_decay": 0.05})
-    model = train.adapt(recipe, train.build(recipe, setup.DIGITS))
+    model = train.adapt(recipe, train.build(recipe, sources.DIGITS))
     groups = train.optimizer_of(recipe, model).param_groups
     assert {(g["learned"], g["weight_decay"]) for g in groups} == {(True, 0.05), (True, 0), (False, 0.05), (False, 0)}
     decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}

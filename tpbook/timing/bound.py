@@ -35,7 +35,7 @@ def sliced(model, keep=None):
     plan, pruning = bound._plan, bound.pruning
     if pruning.method.chooses.varies and keep is None:
         raise ValueError(f"model must be one whose token counts are known, got one pruned by {pruning.name!r}")
-    if not all(type(part) is Plan for part in plan.plans):
+    if not all(type(part) in (Plan, Unranked) for part in plan.plans):
         raise ValueError(f"model must be one that removes tokens to have a slicing bound, got {type(model).__name__}")
     score, reduce = Ignored(pruning.method.score), Slice(pruning.method.reduce)
     pruning = replace(pruning, method=replace(pruning.method, score=score, reduce=reduce, choose=TopK()))

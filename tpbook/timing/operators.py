@@ -5,7 +5,7 @@
 
 Counted is a forward in eval mode, eager, of the pruned model, less one of its slicing bound (`tpbook.bench.sliced`)
 with the same attention; the difference is divided by the number of stages. So what a stage makes the blocks around it
-do is its own: a row of the attention, sizes that later attentions weigh by. A learned score is the bound's too.
+do is its own: a row of the attention, sizes that later attentions weigh by. A learned score is the bound's too::
 
     an operator   a call that reaches PyTorch's dispatcher below autograd, such as aten.topk. Views of a tensor and
                   memory that nobody has written to yet are none.

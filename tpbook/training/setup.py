@@ -17,9 +17,7 @@ from ..engine import is_pruned
 from ..families import family_of
 from ..methods.parts import Place
 from .loading import augmented
-from .sources import Classes, source_of
-
-DIGITS = Classes(tuple("0123456789"), tuple(range(10)), own=False)
+from .sources import DIGITS, source_of
 
 # ----------------------------------------------------------------------------------------------------------- the data
 

@@ -46,6 +46,14 @@ class Classes:
     own: bool
 
 
+DIGITS = Classes(tuple("0123456789"), tuple(range(10)), own=False)
+
+
+def imagenet(found=range(1000)):
+    """The Classes of ImageNet-1k, of which the labels `found` occur."""
+    return Classes(tuple(map(data.class_name, range(1000))), tuple(found), own=False)
+
+
 class Images(Dataset):
     """Images of another data set, in RGB, each with its label.
 
@@ -94,13 +102,13 @@ def source_of(recipe):
         else:
             sets, classes = _tree(folder)
         known = None if classes else sets[0].class_indices
-    train, test = _parted(recipe, sets, classes or [data.class_name(i) for i in range(1000)])
+    train, test = _parted(recipe, sets, classes or imagenet().names)
     if classes:
         return Classes(tuple(classes), tuple(range(len(classes))), own=True), train, test
     if recipe.head == "data" and len(sets) > 1 and name not in data.ARCHIVES:
         if unseen := set(sets[1].class_indices) - set(known):
             raise ValueError(f"{sets[1].root} has {len(unseen)} classes that {sets[0].root} lacks, and head='data'")
-    return Classes(tuple(map(data.class_name, range(1000))), known, own=False), train, test
+    return imagenet(known), train, test
 
 
 def _folder(name):
