@@ -183,7 +183,7 @@ def torchvision_sets(named, download=False):
 def _made(named, make, several, options):
     """The first of several splits that a set of torchvision has."""
     root = data.root("")
-    for last, split in zip((False,) * (len(several) - 1) + (True,), several):
+    for split in several:
         try:
             return make(root, **split, **options)
         except (RuntimeError, FileNotFoundError) as error:
@@ -193,7 +193,7 @@ def _made(named, make, several, options):
                 f"no {named} under {root}: {error} (`python -m tpbook.data get '{named}'` downloads it)"
             ) from error
         except ValueError as error:
-            if last:
+            if split is several[-1]:
                 raise ValueError(f"data {named} does not take this: {error}") from error
 
 
