@@ -78,7 +78,7 @@ def _from_file(name, path, classes, **kwargs):
     try:
         return _made(name, timm.create_model, name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     except (RuntimeError, SafetensorError, OSError) as error:
-        said = textwrap.shorten(str(error), 600, placeholder=" …")
+        said = textwrap.shorten(str(error), 600)
         raise ValueError(f"{path} does not fit {name}: {said}") from error
 
 

@@ -4,6 +4,7 @@ Chapter: :doc:`/book/your-own`
 """
 
 import hashlib
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -40,14 +41,16 @@ def sample(profile, folder):
     folder = Path(folder)
     if folder.is_dir():
         return folder
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     if profile == "digits":
-        _pieces(folder)
+        _pieces(part)
     else:
         for path, label in data.nips2017_dev().samples:
             for kind in (kind for kind, indices in KINDS.items() if label in indices):
-                (folder / kind).mkdir(parents=True, exist_ok=True)
-                (folder / kind / Path(path).name).symlink_to(Path(path).resolve())
-    return folder
+                (part / kind).mkdir(parents=True, exist_ok=True)
+                (part / kind / Path(path).name).symlink_to(Path(path).resolve())
+    return part.rename(folder)
 
 
 def _pieces(folder, numbers=(("train", 80, 0.0, 0.6), ("val", 30, 0.6, 1.0))):
