@@ -128,7 +128,7 @@ def test_rows_of_a_run(tmp_path, capsys):
         for key in ("times_explicit",) if dense else ("times_dense", "efficiency"):
             median, low, high = row[key]
             assert low <= median <= high
-    assert [row.get("operators") for row in rows] == [None, *2 * (5, 13, 22, 28)]  # counted whatever ρ is
+    assert [row.get("operators") for row in rows] == [None, *2 * (5, 12, 20, 25)]  # counted whatever ρ is
     assert all(row["bytes"] > 0 and row["times_tokens"] > 1 for row in rows[1:])
     assert "a stage 5 operators, " in said and said.count(" × tokens") == 8
     assert written["plan"]["rounds"] == 7 and written["run"]["threads"] == torch.get_num_threads()
@@ -206,7 +206,7 @@ def test_help(capsys):
     [
         (["batch=0"], "batch must be an int of at least 1, got 0"),
         (["dtype=float8"], "dtype must be one of float32, bfloat16, float16, got 'float8'"),
-        (["mode=[eager,jit]"], "mode must be one of eager, compiled, graphs, training, got 'jit'"),
+        (["mode=[eager,jit]"], "mode must be one of eager, compiled, captured, graphs, training, got 'jit'"),
         (["model=deit"], "model must be a timm model"),
         (["rho=0.5"], "key 'rho' is not known"),
         (["out=bench.csv"], "out must end in .json, got 'bench.csv'"),
@@ -214,6 +214,7 @@ def test_help(capsys):
         ([f"model={TINY}", "keep_ratio=1.5"], r"keep_ratio must lie in \(0, 1\], got 1.5"),
         ([f"model={TINY}", "method=ats"], "model must be one whose token counts are known, got one pruned by 'ats'"),
         ([f"model={TINY}", "mode=graphs"], "mode 'graphs' needs device=cuda"),
+        ([f"model={TINY}", "mode=captured"], "mode 'captured' needs device=cuda"),
         (
             [f"model={TINY}", "mode=training", "dtype=float16"],
             "dtype must be float32 or bfloat16 for training on a CPU",

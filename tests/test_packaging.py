@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
 # import → distribution
 CALLED = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "open_clip": "open-clip-torch"}
 BROUGHT = {"IPython": "ipywidgets", "traitlets": "anywidget", "pandas": "seaborn"}  # by whom, always
+BROUGHT["triton"] = "torch"  # where it is made for CUDA, and there alone it is imported
 
 
 def names(requirements):

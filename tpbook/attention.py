@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .keep_mask import HIDDEN, masked_attention, masked_product
+from .kernels import stage_kernels
 from .tokens import Heard, in_float32
 
 
@@ -146,10 +147,13 @@ def heard(q, k, scale, bias=None, keep=None):
     Returns:
         (B, T) float32, prefix tokens included.
     """
-    logits = (q.float() * scale).flatten(0, 1).bmm(k.float().flatten(0, 1).transpose(1, 2))  # (B·H, Q, T)
-    logits = logits.view(*q.shape[:3], k.shape[2])  # (B, H, Q, T)
+    if bias is None and keep is None and q.shape[2] == 1 and (kernels := stage_kernels(q, k)):
+        return kernels.row(q, k, scale)
+    shape, whole = (*q.shape[:3], k.shape[2]), torch.contiguous_format  # keys are copied once, whatever their dtype
+    q, k = (part.to(torch.float32, memory_format=whole).flatten(0, 1) for part in (q, k))  # (B·H, Q, D), (B·H, T, D)
+    logits = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale).view(shape)  # (B, H, Q, T)
     if bias is not None:
-        logits = logits + bias[:, :, : q.shape[2]].float()
+        logits = logits + bias[:, :, : shape[2]].float()
     return shares(logits, keep)
 
 
@@ -158,8 +162,9 @@ def shares(logits, keep=None):
     logits = logits.float()
     if keep is not None:
         logits = logits + (keep.float() + HIDDEN).log()[:, None, None, :]
-    attention = logits.softmax(dim=-1).mean(dim=1)  # (B, Q, T)
-    if keep is None or attention.shape[1] == 1:
-        return attention.mean(dim=1)
+    attention = logits.softmax(dim=-1)  # (B, H, Q, T)
+    if keep is None or attention.shape[2] == 1:
+        return attention.mean(dim=(1, 2))
+    attention = attention.mean(dim=1)  # (B, Q, T)
     asking = keep / keep.sum(dim=1, keepdim=True)  # (B, T), and Q = T
     return (attention * asking.unsqueeze(-1)).sum(dim=1)

@@ -16,7 +16,8 @@ What is compared runs in one process, in turn, in a new order each round. Of the
     × dense       t(dense) / t(pruned)    dense: timm's model as it comes, with fused attention, in the same mode
     efficiency    t(bound) / t(pruned)    bound: the same backbone slices off as many tokens at the same places
                                           (`sliced`), with fused or explicit attention, whichever is faster; in
-                                          eager mode
+                                          eager mode, and captured: there a graph of kernels is played, and no
+                                          Python runs
     × eager       t(eager) / t(pruned)    of a compiled model
     × parts       t(pruned) / t(parts)    of a training step that distils: a dense step, and the teacher's forward
 
@@ -50,7 +51,7 @@ __all__ = ["Plan", "interleaved", "main", "peak_memory", "plot", "run", "said", 
 
 DTYPES = ("float32", "bfloat16", "float16")
 NAMES = {"times_dense": "× dense", "efficiency": "efficiency", "times_eager": "× eager", "times_parts": "× parts"}
-MODES = ("eager", "compiled", "graphs", "training")
+MODES = ("eager", "compiled", "captured", "graphs", "training")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Plan:
     batch: tuple = (1, 8)
     dtype: tuple = ("float32",)  # of DTYPES: weights, input and arithmetic; of training steps, that of autocast
     image_size: tuple = (0,)  # pixels; 0 is the model's own
-    mode: tuple = ("eager",)  # of MODES: "compiled" by torch.compile, "graphs" as CUDA graphs too, "training" steps
+    mode: tuple = ("eager",)  # of MODES: "compiled" by torch.compile, "captured" as a CUDA graph, "graphs" both,
+    # "training" steps
     device: str = "cpu"
     threads: int = 0  # 0 leaves PyTorch's
     rounds: int = 30
@@ -86,8 +88,9 @@ class Plan:
             kind = torch.device(self.device).type
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"device must be one of PyTorch's, such as cpu or cuda:1, got {self.device!r}") from error
-        if "graphs" in self.mode and kind != "cuda":
-            raise ValueError(f"mode 'graphs' needs device=cuda, got {self.device!r}")
+        for mode in {"captured", "graphs"} & set(self.mode):
+            if kind != "cuda":
+                raise ValueError(f"mode {mode!r} needs device=cuda, got {self.device!r}")
         if "training" in self.mode and "float16" in self.dtype and kind == "cpu":
             raise ValueError(
                 "dtype must be float32 or bfloat16 for training on a CPU, got 'float16': it has no autocast to it"

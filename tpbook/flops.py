@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from fvcore.nn import FlopCountAnalysis
+from fvcore.nn.jit_handles import bmm_flop_jit
 from timm.layers import get_device_dtype
 from torch import nn
 
@@ -114,6 +115,7 @@ def _count(model, size, image=None):
         flops.set_op_handle("aten::scaled_dot_product_attention", sdpa_macs, "aten::einsum", einsum_macs)
         for free in ("layer_norm", "batch_norm", "grid_sampler", "adaptive_avg_pool2d", "upsample_bilinear2d"):
             flops.set_op_handle(f"aten::{free}", lambda *_: 0)
+        flops.set_op_handle("aten::baddbmm", lambda inputs, outputs: bmm_flop_jit(inputs[1:3], outputs))
         flops.set_op_handle("aten::_native_multi_head_attention", multihead_macs, "aten::_convolution_mode", patch_macs)
         with torch.no_grad():
             macs = flops.by_module()

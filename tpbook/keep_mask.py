@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .kernels import masked_kernels
+
 HIDDEN = 1e-20  # what is left of a dropped token's weight, for its gradient
 
 
@@ -28,6 +30,8 @@ def masked_product(q, k, v, keep, scale, bias=None):
     Returns:
         (B, H, T, D), of the dtype of v.
     """
+    if bias is None and (kernels := masked_kernels(q, k, v)):
+        return kernels.masked_product(q, k, v, keep, scale)
     for x in (k, v):
         if x.requires_grad:
             x.register_hook(_flush)

@@ -24,7 +24,7 @@ from timm.models import VisionTransformer
 from .checks import check_name, check_seed, decimals
 from .engine import is_pruned
 from .mixing import enter, leave
-from .tokens import drop
+from .tokens import retain
 
 WHEN = ("train", "always")
 
@@ -70,7 +70,7 @@ class PatchMask(PatchDropout):
         visible = torch.randn(batch, patches, device=x.device, **for_order).argsort(dim=1)[:, :n]  # (B, n)
         if self.record is not None:
             self.record.visible = visible
-        return torch.cat([x[:, :prefix], drop(x, visible, prefix)], dim=1)
+        return retain(x, visible, prefix)
 
 
 def _generators(seed, device):

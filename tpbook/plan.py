@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import AttentionMask
+from .kernels import stage_kernels
 from .methods.counts import Fewer, StageCount, Wish, quiet_counts, token_counts
 from .methods.parts import Call, Method, Place
 from .methods.schedule import schedule
@@ -142,6 +143,8 @@ class Plan:
     def rank(self, scores, k, others=False):
         """Positions of scores (B, n), the best first: (B, k), or (B, n) where the others are wanted too."""
         invert, settled = self.pruning.invert, self.pruning.method.score.settled
+        if kernels := stage_kernels(scores):
+            return kernels.rank(scores, scores.shape[1] if others else k, invert)
         if not (others or settled):
             return scores.topk(k, largest=not invert).indices
         return scores.argsort(dim=1, descending=not invert, stable=settled)

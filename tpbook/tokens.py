@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .kernels import stage_kernels
+
 
 def travels(cls):
     """Give a NamedTuple whose `x` is a tensor what hooks, checkpointing and feature extractors touch of that tensor."""
@@ -112,13 +114,30 @@ def drop(x, kept, first=0):
     """
     if x.dim() == 2:
         return x.gather(1, kept)
-    return F.embedding(rows(kept, x.shape[1], first), x.flatten(0, 1))  # a lookup copies whole tokens, a gather numbers
+    table = x.flatten(0, 1)[first:]  # (B·n − first, C)
+    return F.embedding(rows(kept, x.shape[1]), table)  # a lookup copies whole tokens, a gather numbers
+
+
+def retain(x, kept, first):
+    """Keep the first tokens and the chosen ones.
+
+    Args:
+        x: (B, P + n, C).
+        kept: (B, k) int64, positions among the n.
+        first: P.
+
+    Returns:
+        (B, P + k, C), the chosen ones in the order of `kept`.
+    """
+    if kernels := stage_kernels(x):
+        return kernels.collect(x, kept, kept.shape[1], first)
+    return torch.cat([x[:, :first], drop(x, kept, first)], dim=1)
 
 
 def rows(index, n, first=0):
     """Where tokens first + (B, k) of (B, n, …) are in the flattened (B·n, …): (B, k)."""
     if index.shape[0] == 1:
-        return index + first
+        return index + first if first else index
     return index + torch.arange(first, first + index.shape[0] * n, n, device=index.device).unsqueeze(1)
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tokens import drop
+from ..tokens import drop, retain
 from .choosing import Above
 from .parts import Reduce, Score
 
@@ -135,7 +135,7 @@ class Skip(Reduce):
 
     def __call__(self, tokens, order, kept, call):
         chosen = order[:, :kept]
-        x = torch.cat([tokens.x[:, : call.prefix], drop(call.x, chosen)], dim=1)
+        x = retain(tokens.x, chosen, call.prefix)
         state = (tokens.state or Switched())._replace(x=call.x)
         return tokens.replace(x=x, patch=drop(tokens.patch, chosen), state=state)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..tokens import drop
+from ..tokens import drop, retain
 from .parts import Reduce, Score
 
 KEEP = 0
@@ -111,9 +111,8 @@ class Drop(Reduce):
 
     def __call__(self, tokens, order, kept, call):
         chosen = order[:, :kept]
-        left = drop(tokens.x, chosen, call.prefix)
         patch = None if tokens.patch is None else drop(tokens.patch, chosen)
-        return tokens.replace(x=torch.cat([tokens.x[:, : call.prefix], left], dim=1), patch=patch)
+        return tokens.replace(x=retain(tokens.x, chosen, call.prefix), patch=patch)
 
     def masked(self, tokens, keep, call):
         return tokens.replace(keep=keep)

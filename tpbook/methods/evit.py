@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from ..attention import heard
 from ..checks import check_flag, check_name
+from ..kernels import stage_kernels
 from ..tokens import drop, in_float32
 from .dynamicvit import Drop
 from .parts import Reduce, Score
@@ -52,6 +53,8 @@ def fuse(x, order, kept, weights, first=0):
     Returns:
         (B, P + k + 1, C): the first P, the kept tokens in their order, the fused one; without that where k = n.
     """
+    if kept < order.shape[1] and (kernels := stage_kernels(x, weights)):
+        return kernels.collect(x, order, kept, first, weights)
     ordered, others = drop(x, order, first), order[:, kept:]  # (B, n, C), (B, n − k)
     fused = weighted_sum(ordered[:, kept:], drop(weights, others))[:, : others.shape[1]]
     return torch.cat([x[:, :first], ordered[:, :kept], fused], dim=1)

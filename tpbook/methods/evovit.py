@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flag
-from ..tokens import drop
+from ..tokens import drop, retain
 from .parts import Reduce, Score
 
 DECAY = 0.5
@@ -82,7 +82,7 @@ class Bypass(Reduce):
     def __call__(self, tokens, order, kept, call):
         stay, wait = order[:, :kept], order[:, kept:]
         state = (tokens.state or Waiting())._replace(x=drop(call.x, wait), patch=drop(tokens.patch, wait))
-        x = torch.cat([tokens.x[:, : call.prefix], drop(call.x, stay)], dim=1)
+        x = retain(tokens.x, stay, call.prefix)
         return tokens.replace(x=x, patch=drop(tokens.patch, stay), state=state)
 
     def rejoin(self, tokens, prefix, last=False):
@@ -94,5 +94,5 @@ class Bypass(Reduce):
         if last:  # as they stand in the image
             every = torch.arange(patch.shape[1], device=patch.device).expand_as(patch)
             order = torch.zeros_like(patch).scatter(1, patch, every)
-            x, patch = torch.cat([x[:, :prefix], drop(x, order, prefix)], dim=1), drop(patch, order)
+            x, patch = retain(x, order, prefix), drop(patch, order)
         return tokens.replace(x=x, patch=patch, state=state._replace(x=None, patch=None))

@@ -7,16 +7,16 @@ After the choice, with reserved tokens S^r and pruned tokens S^p (``TPSModule`` 
     y_j = (e / Z_j) x_j + Σ_{i: host(i)=j} (exp(c_ij) / Z_j) x_i                             fusing
 
 A host weighs itself as if c_jj = 1, so never less than any guest. Every pruned token has one host, so the sums add rows
-to rows; the (n, n) mask of the paper is never built. All of it is float32, whatever the model's dtype.
+to rows; the (n, n) mask of the paper is never built. What is computed is divided by e above and below: then a host
+weighs 1, and is not multiplied. All of it is float32, whatever the model's dtype.
 
 Chapter: :doc:`/book/tps`
 """
 
-import math
-
 import torch
 from torch.linalg import vector_norm
 
+from ..kernels import stage_kernels
 from ..tokens import drop, in_float32, move, rows
 from .parts import Reduce
 
@@ -49,9 +49,33 @@ def squeeze(kept, pruned, similarity=cosine):
     Returns:
         (B, k, C) squeezed tokens and (B, p) int64 hosts, positions in `kept`.
     """
-    dtype, kept, pruned = kept.dtype, kept.float(), pruned.float()
-    c, host = similarity(pruned, kept).max(dim=-1)  # (B, p) each
-    return fuse_guests(kept, pruned, c.float().exp(), host).to(dtype), host
+    return squeeze_others(torch.cat([kept, pruned], dim=1), kept.shape[1], similarity)
+
+
+@in_float32
+def squeeze_others(x, kept, similarity=cosine):
+    """`squeeze` of tokens (B, k + p, C) in one piece, of which the first k = `kept` are reserved."""
+    dtype, x = x.dtype, x.float()
+    c, host = closest(x, kept, similarity)  # (B, p) each
+    return fuse_guests(x, kept, x[:, kept:], (c - 1).exp(), host).to(dtype), host
+
+
+def squeeze_at(x, order, kept, first=0, similarity=cosine):
+    """`squeeze` of x (B, P + n, C) by order (B, n) int64 of the n, hosts first: (B, P + k, C) and hosts (B, p)."""
+    if similarity is cosine and (kernels := stage_kernels(x)):
+        return kernels.squeeze(x, order, kept, first)
+    left, host = squeeze_others(drop(x, order, first), kept, similarity)
+    return torch.cat([x[:, :first], left], dim=1), host
+
+
+def closest(x, kept, similarity):
+    """The similarity c of each other token to its host, one of the first `kept` in float32 x (B, n, C): (B, p) each."""
+    if similarity is not cosine:
+        c, host = similarity(x[:, kept:], x[:, :kept]).max(dim=-1)
+        return c.float(), host
+    length = vector_norm(x, dim=-1) + 1e-6  # (B, n); its own is the same for every host
+    c, host = (x[:, kept:] @ x[:, :kept].transpose(1, 2) / length[:, None, :kept]).max(dim=-1)
+    return c / length[:, kept:], host
 
 
 @in_float32
@@ -80,16 +104,26 @@ def squeeze_masked(x, before, after, similarity=cosine):
     barred = torch.eye(x.shape[1], dtype=torch.bool, device=x.device) | (after < 0.5).unsqueeze(1)  # (B, n, n)
     c, host = similarity(x, x).masked_fill(barred, NONE).max(dim=-1)  # (B, n) each
     pruned = before * (1 - after)  # (B, n)
-    squeezed = fuse_guests(x, x, pruned * (pruned * c.float()).exp(), host).to(dtype)
+    squeezed = fuse_guests(x, x.shape[1], x, pruned * (pruned * c.float() - 1).exp(), host).to(dtype)
     return squeezed, torch.where(pruned > 0.5, host, itself)
 
 
-def fuse_guests(kept, pruned, weight, host):
-    """y_j of the equation above: float32 kept (B, k, C), pruned (B, p, C), weight and host (B, p) → (B, k, C)."""
-    total = torch.full_like(kept[:, :, 0], math.e).scatter_add(1, host, weight)  # Z (B, k)
+def fuse_guests(x, kept, pruned, weight, host):
+    """y_j of the equation above.
+
+    Args:
+        x: (B, n, C) float32, whose first k = `kept` are the hosts.
+        pruned: (B, p, C) float32, the guests.
+        weight: (B, p), exp(c) / e.
+        host: (B, p) int64, positions in x.
+
+    Returns:
+        (B, k, C).
+    """
+    total = torch.ones_like(x[:, :kept, 0]).scatter_add(1, host, weight)  # Z / e (B, k)
     guests = (weight.unsqueeze(-1) * pruned).flatten(0, 1)  # (B·p, C)
-    y = (math.e * kept).flatten(0, 1).index_add_(0, rows(host, kept.shape[1]).flatten(), guests).view_as(kept)
-    return y / total.unsqueeze(-1)
+    y = x.flatten(0, 1).index_add(0, rows(host, x.shape[1]).flatten(), guests).view_as(x)
+    return y[:, :kept] / total.unsqueeze(-1)
 
 
 class Squeeze(Reduce):
@@ -116,13 +150,12 @@ class Squeeze(Reduce):
 
     def __call__(self, tokens, order, kept, call):
         x, patch, host = tokens.x, tokens.patch, tokens.host
-        ordered = drop(x, order, call.prefix)  # (B, n, C)
-        left, guest_of = squeeze(ordered[:, :kept], ordered[:, kept:], self.similarity)
+        left, guest_of = squeeze_at(x, order, kept, call.prefix, self.similarity)
         if patch is not None:
             ids = drop(patch, order[:, :kept])
             host = move(host, patch, order[:, kept:], drop(ids, guest_of))
             patch = ids
-        return tokens.replace(x=torch.cat([x[:, : call.prefix], left], dim=1), patch=patch, host=host)
+        return tokens.replace(x=left, patch=patch, host=host)
 
     def masked(self, tokens, keep, call):
         alive = torch.ones_like(keep) if tokens.keep is None else tokens.keep

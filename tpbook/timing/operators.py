@@ -9,6 +9,7 @@ do is its own: a row of the attention, sizes that later attentions weigh by. A l
 
     an operator   a call that reaches PyTorch's dispatcher below autograd, such as aten.topk. Views of a tensor and
                   memory that nobody has written to yet are none.
+                  On a GPU a function of `tpbook.kernels.stage` is as many as it starts kernels.
     its bytes     those of every tensor that it is given and of every one that it returns; what is broadcast counts as
                   it is stored, what is written in place twice, and a lookup reads of its table what it returns.
     × tokens      these bytes over those of the (B, n, C) patch tokens that enter the stage, in their own dtype.
@@ -24,6 +25,8 @@ sort starts several. So the counts follow our code, and say nothing of how a dev
 Chapter: :doc:`/book/speed`
 """
 
+import functools
+import importlib
 import math
 import sys
 from collections import Counter
@@ -31,9 +34,10 @@ from pathlib import Path
 
 import timm
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from .. import kernels
 from ..book import results
 from ..checks import check_name
 from ..engine import is_pruned, prune
@@ -48,6 +52,7 @@ FREE = {
 }  # fmt: skip
 LOOKUPS = {ATEN.embedding, ATEN.gather, ATEN.index, ATEN.index_select}
 METHODS = ("dynamicvit", "evit", "topk", "dtps", "etps", "tome", "dpcknn", "evovit", "ats")
+KERNELS = {"row": 2, "rank": 1, "collect": 1, "squeeze": 2}  # of `tpbook.kernels.stage`: how many each starts
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -57,6 +62,30 @@ class Work(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators, self.bytes = Counter(), 0
+        self.kernels = importlib.import_module("tpbook.kernels.stage") if kernels.there else None
+
+    def __enter__(self):
+        if self.kernels:  # which no dispatcher sees
+            self.own = {name: getattr(self.kernels, name) for name in KERNELS}
+            for name, function in self.own.items():
+                setattr(self.kernels, name, functools.partial(self._kernel, name, function))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        if self.kernels:
+            for name, function in self.own.items():
+                setattr(self.kernels, name, function)
+        return super().__exit__(*error)
+
+    def _kernel(self, name, function, *args, **kwargs):
+        with _disable_current_modes():
+            returned = function(*args, **kwargs)
+        given, written = _bytes((args, kwargs)), _bytes(returned)
+        if name == "collect":  # a lookup
+            given += min(0, written - _bytes(args[0]))
+        self.operators[f"tpbook.{name}"] += KERNELS[name]
+        self.bytes += given + written
+        return returned
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         returned = operator(*args, **(kwargs or {}))

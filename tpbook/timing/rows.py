@@ -26,14 +26,15 @@ from .operators import a_stage
 def forwards(plan, dense, images, ratio, shared):
     """Rows of what takes turns: the dense model and every method at one ρ, in every mode but training."""
     modes = [mode for mode in plan.mode if mode != "training"]
+    bounded = [mode for mode in modes if mode in ("eager", "captured")]
     pruned = {method: prune(copy_of(dense), method, keep_ratio=ratio) for method in plan.method}
     every = {"dense": dense, **pruned}
-    models = {(mode, method): _in_mode(mode, model) for mode in modes for method, model in every.items()}
-    if "eager" in modes:
-        models["eager", "dense", "explicit"] = _with_attention(dense, "explicit")
+    models = {(mode, method): model for mode in modes for method, model in every.items()}
+    for mode in bounded:
+        models[mode, "dense", "explicit"] = _with_attention(dense, "explicit")
         for method, attention in product(pruned, ("fused", "explicit")):
-            models["eager", method, attention] = _with_attention(sliced(pruned[method]), attention)
-    calls = {key: lambda model=model: model(images) for key, model in models.items()}
+            models[mode, method, attention] = _with_attention(sliced(pruned[method]), attention)
+    calls = {key: _call(key[0], model, images) for key, model in models.items()}
 
     load = os.getloadavg()[0]
     seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
@@ -43,14 +44,15 @@ def forwards(plan, dense, images, ratio, shared):
         row = _row(plan, shared, mode, method, ratio, own, load)
         if method != "dense":
             row["times_dense"] = times(own, seconds[mode, "dense"])
-        elif mode == "eager":
-            row["times_explicit"] = times(own, seconds["eager", "dense", "explicit"])
+        elif mode in bounded:
+            row["times_explicit"] = times(own, seconds[mode, "dense", "explicit"])
+        if mode in bounded and method != "dense":
+            bounds = {attention: seconds[mode, method, attention] for attention in ("fused", "explicit")}
+            row["attention"] = min(bounds, key=lambda attention: bounds[attention].median())
+            row["efficiency"] = times(own, bounds[row["attention"]])
         if mode == "eager":
             row["memory_mb"] = peak_memory(calls[mode, method], plan.device) / 1e6
             if method != "dense":
-                bounds = {attention: seconds["eager", method, attention] for attention in ("fused", "explicit")}
-                row["attention"] = min(bounds, key=lambda attention: bounds[attention].median())
-                row["efficiency"] = times(own, bounds[row["attention"]])
                 row |= a_stage(pruned[method], images)
         elif "eager" in modes:
             row["times_eager"] = times(own, seconds["eager", method])
@@ -118,7 +120,25 @@ def _with_attention(model, attention):
     return model
 
 
-def _in_mode(mode, model):
-    if mode == "eager":
-        return model
-    return torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if mode == "graphs" else None)
+def _call(mode, model, images):
+    """A forward in one of the modes, a function without arguments."""
+    if mode == "captured":
+        return _captured(model, images)
+    if mode != "eager":
+        kind = "reduce-overhead" if mode == "graphs" else None
+        model = torch.compile(model, fullgraph=True, dynamic=False, mode=kind)
+    return lambda: model(images)
+
+
+def _captured(model, images):
+    """The kernels of an eager forward, recorded once in a CUDA graph; played, no Python and no dispatcher runs."""
+    aside = torch.cuda.Stream(images.device)
+    aside.wait_stream(torch.cuda.current_stream(images.device))
+    with torch.cuda.stream(aside):  # what is made at a first call may not be made in a recording
+        for _ in range(3):
+            model(images)
+    torch.cuda.current_stream(images.device).wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graph.out = model(images)  # stays, as long as the graph is played
+    return graph.replay

@@ -1,0 +1,182 @@
+"""The kernels give what PyTorch's operators give: on a GPU where there is one, else in Triton's interpreter on a CPU.
+
+Whether it interprets Triton settles when it is imported, so without a GPU these tests run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import tpbook
+from tpbook import kernels
+from tpbook.attention import heard
+from tpbook.keep_mask import masked_product
+from tpbook.methods.evit import fuse
+from tpbook.methods.tps import euclidean, squeeze_at
+from tpbook.timing import operators
+from tpbook.tokens import retain
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.float16)  # the interpreter's numpy has no bfloat16
+SIZES = ((3, 8), (70, 24))  # n, C: less than a tile, and not a multiple of one
+HERE = pytest.mark.skipif(DEVICE == "cpu" and not kernels.INTERPRETED, reason="runs in the interpreter, below")
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or kernels.INTERPRETED, reason="runs in this process")
+def test_in_the_interpreter():
+    words = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed, 1 skipped" in done.stdout, done.stdout[-4000:]
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """What a function gives by the kernels and without, and that these are two ways."""
+
+    def run(function):
+        monkeypatch.setattr(kernels, "enabled", True)
+        with operators.Work() as work:
+            ours = function()
+        assert any(name.startswith("tpbook.") for name in work.operators), "no kernel ran"
+        monkeypatch.setattr(kernels, "enabled", False)
+        return ours, function()
+
+    return run
+
+
+def tokens(n, dim, dtype, batch=2):
+    torch.manual_seed(n)
+    return torch.randn(batch, n + 1, dim, device=DEVICE).to(dtype), torch.rand(batch, n, device=DEVICE)
+
+
+@HERE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, dim", [*SIZES, (300, 72)])
+@torch.no_grad()
+def test_row(both, dtype, n, dim):
+    qkv = torch.randn(2, n, 3, 3, dim, device=DEVICE).to(dtype)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D), as timm has it
+    ours, theirs = both(lambda: heard(q[:, :, :1], k, dim**-0.5))
+    assert ours.dtype is torch.float32
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ours.sum(dim=1), torch.ones(2, device=DEVICE))
+
+
+@HERE
+@pytest.mark.parametrize("invert", [False, True])
+@pytest.mark.parametrize("n", [1, 5, 40, 300])
+def test_rank(n, invert):
+    from tpbook.kernels import stage
+
+    scores = torch.rand(2, 2 * n, device=DEVICE)[:, ::2]  # which is not contiguous
+    scores[:, n // 2 :] = scores[:, n // 2].unsqueeze(1)  # of equal ones the earlier first
+    want = scores.argsort(dim=1, descending=not invert, stable=True)
+    assert torch.equal(stage.rank(scores, n, invert), want)
+    assert torch.equal(stage.rank(scores, (n + 1) // 2, invert), want[:, : (n + 1) // 2])
+
+
+@HERE
+def test_rank_is_a_permutation_whatever_the_scores():
+    from tpbook.kernels import stage
+
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([[nan, 1, -inf, nan, inf, 1], [nan] * 6], device=DEVICE)
+    assert stage.rank(scores, 6).tolist() == [[0, 3, 4, 1, 5, 2], [0, 1, 2, 3, 4, 5]]
+    assert stage.rank(scores, 6, invert=True).sort(dim=1).values.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+@HERE
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, dim", SIZES)
+@pytest.mark.parametrize("first", [0, 1])
+@torch.no_grad()
+def test_stage(both, dtype, n, dim, first):
+    x, scores = tokens(n, dim, dtype)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2) if n == 3 else x  # channels that do not lie side by side
+    order, k = scores.argsort(dim=1, descending=True), max(1, n // 3)
+    near = {"atol": 2e-3, "rtol": 2e-3} if dtype is torch.float16 else {"atol": 1e-5, "rtol": 1e-5}
+    if first == 0:
+        x = x[:, 1:]
+    assert torch.equal(*both(lambda: retain(x, order[:, :k], first)))
+    torch.testing.assert_close(*both(lambda: fuse(x, order, k, scores, first)), **near)
+    (ours, host), (theirs, want) = both(lambda: squeeze_at(x, order, k, first))
+    assert torch.equal(host, want)
+    torch.testing.assert_close(ours, theirs, **near)
+
+
+@HERE
+@torch.no_grad()
+def test_a_guest_that_is_not_finite_spoils_its_own_image_alone(both):
+    x, scores = tokens(9, 16, torch.float32)
+    x[0, 5] = float("inf")
+    ours, theirs = both(lambda: squeeze_at(x, scores.argsort(dim=1), 4, 1)[0])
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+@HERE
+@pytest.mark.parametrize("dtype", [torch.float16])
+@pytest.mark.parametrize("n, dim", [(5, 16), (70, 24)])
+def test_masked_attention_and_its_gradients(monkeypatch, dtype, n, dim):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, n, 3, 2, dim, device=DEVICE).to(dtype).requires_grad_()
+    keep = (torch.rand(2, n, device=DEVICE) < 0.5).float()
+    keep[:, 0] = 1
+    keep.requires_grad_()
+    weight = torch.randn(2, 2, n, dim, device=DEVICE).to(dtype)
+    found = []
+    for on in (True, False):
+        monkeypatch.setattr(kernels, "enabled", on)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = masked_product(q, k, v, keep, dim**-0.5)
+        assert ("MaskedProduct" in type(y.grad_fn).__name__) is on
+        found.append((y, *torch.autograd.grad(y, (qkv, keep), weight)))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, atol=4e-3 * theirs.abs().max().item(), rtol=4e-3)
+
+
+@HERE
+@pytest.mark.parametrize("method", ["dynamicvit", "evit", "dtps", "etps"])
+@torch.no_grad()
+def test_a_model(monkeypatch, method):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=64, depth=3).eval().to(DEVICE)
+    tpbook.prune(model, method, keep_ratio=0.5, at=(1, 2))
+    x = torch.randn(2, 3, 64, 64, device=DEVICE)
+    monkeypatch.setattr(kernels, "enabled", True)
+    counted = operators.a_stage(model, x)
+    with tpbook.trace(model) as ours:
+        logits = model(x)
+    assert torch.equal(logits, model(x))  # from run to run
+    monkeypatch.setattr(kernels, "enabled", False)
+    with tpbook.trace(model) as theirs:
+        want = model(x)
+    torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-4)
+    for mine, other in zip(ours.kept, theirs.kept):
+        assert torch.equal(mine, other)
+    most = {"dynamicvit": 2, "evit": 4, "dtps": 3, "etps": 5}[method]
+    assert counted["operators"] == most and counted["times_tokens"] < 3
+
+
+@HERE
+def test_what_they_are_not_for(monkeypatch):
+    monkeypatch.setattr(kernels, "enabled", True)
+    x = torch.randn(2, 5, 16, device=DEVICE)
+    assert kernels.stage_kernels(x) and not kernels.masked_kernels(x) and kernels.masked_kernels(x.half())
+    assert not kernels.stage_kernels(x.double()) and not kernels.stage_kernels(x.requires_grad_())
+    with torch.no_grad():
+        assert kernels.stage_kernels(x)
+        with operators.Work() as work:  # only the cosine has a kernel
+            squeeze_at(x, torch.rand(2, 4, device=DEVICE).argsort(dim=1), 2, 1, euclidean)
+        assert "tpbook.squeeze" not in work.operators
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    assert not kernels.stage_kernels(torch.randn(2, 5, 16))
+    monkeypatch.setattr(kernels, "enabled", False)
+    assert not kernels.stage_kernels(x.detach())
