@@ -36,7 +36,13 @@ def code(notebook):
     for cell, source in zip(cells, sources):
         if "parameters" in cell["metadata"].get("tags", []):
             exec(source, given)
-    return "\n".join(sources), given
+    text = re.sub(r"^(\s*)[%!].*", r"\1pass", "\n".join(sources), flags=re.MULTILINE)  # commands of Jupyter
+    return text, given
+
+
+def parsed(text):
+    """The tree of what Jupyter runs, where a cell may await."""
+    return compile(text, "cells", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 @cache
@@ -128,7 +134,7 @@ def needs(notebook):
     """The files of its repository that a notebook depends on, itself included: sorted list of relative paths."""
     top = notebook.resolve().parent.parent
     text, given = code(notebook)
-    tree = ast.parse(text)
+    tree = parsed(text)
     found, ahead = {notebook.resolve()}, {file for module in imported(tree, "", top) for file in files(module, top)}
     while ahead:
         found |= ahead
@@ -139,7 +145,7 @@ def needs(notebook):
 
 def is_alike(notebook):
     """Whether a notebook gives the same in every edition."""
-    tree, free = ast.parse(code(notebook)[0]), set()
+    tree, free = parsed(code(notebook)[0]), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "begin":
             free |= {id(argument) for argument in node.args}

@@ -168,7 +168,7 @@ WEIGHED = CORE | {"tpbook/book/__init__.py", "tpbook/book/weighs.py", "tpbook/ke
     "cells, wanted",
     [
         ("import json", set()),
-        ("import tpbook", CORE),
+        ("import tpbook", CORE), ("%pip install x\nawait y()\nif z:\n    !ls\nimport tpbook", CORE),
         ("import tpbook\ntpbook.late.f()", CORE | {"tpbook/book/__init__.py", "tpbook/book/late.py", "tpbook/deep.py"}),
         ("from tpbook import late", CORE | {"tpbook/book/__init__.py", "tpbook/book/late.py", "tpbook/deep.py"}),
         ("import help", CORE | {"notebooks/help.py", "tpbook/alone.py"}),
