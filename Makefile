@@ -17,20 +17,23 @@ env := .venv/.ready
 bin := .venv/bin
 out := _build/$(PROFILE)
 notebooks := $(wildcard notebooks/*.ipynb)
-executed := $(notebooks:%=$(out)/%)
 package := $(shell find tpbook -type f -not -path '*/__pycache__/*')
 pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
+editions := digits imagenette
 
-.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators
+.PHONY: book books test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators
 .DELETE_ON_ERROR:
 
 book: $(site)
 	@echo "The book ($(PROFILE)) is at $(abspath $(site))"
 
+# both editions at once, which needs the photographs and weights
+books: $(editions:%=_build/%/site/_build/html/index.html)
+
 test: $(env)
-	$(bin)/python -m pytest -n auto
+	$(bin)/python -m pytest -n auto --dist worksteal
 
 # on this machine only; a browser allows a server what it refuses from disk
 serve: book
@@ -103,51 +106,45 @@ $(env): requirements.txt constraints.txt pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# what a notebook writes is in a folder of its name, and goes with it
-define run
-rm -rf _build/$(1)/results/$*
-$(bin)/python notebooks/run.py $< $@ profile=$(1) out=../_build/$(1)/results/$*
-endef
-_build/digits/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(package) $(env)
-	$(call run,digits)
-_build/imagenette/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(package) $(env)
-	$(call run,imagenette)
+# what each notebook depends on, and which of them are alike in all editions and which measure time
+_build/needs.mk: notebooks/needs.py $(notebooks) $(package) $(shell find notebooks/results recipes tests/fixtures -type d)
+	@mkdir -p $(@D)
+	@$(PYTHON) $< > $@
 
-# those that ask for no profile are the same in both editions, and run once
-alike := cost-and-speed every-method hybrid-vits ledger lv-vit speed where-the-cost-is
-$(alike:%=_build/imagenette/notebooks/%.ipynb): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
-	mkdir -p $(@D) $(out)/results
-	rm -rf $(out)/results/$*
-	cp -R _build/digits/results/$* $(out)/results
+ifeq ($(filter-out book books serve _build/%,$(or $(MAKECMDGOALS),book)),)
+include _build/needs.mk
+
+# the alike run once, as the digits'
+copies := $(alike:%=_build/imagenette/notebooks/%.ipynb)
+$(copies): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
+	mkdir -p $(@D) _build/imagenette/results
+	rm -rf _build/imagenette/results/$*
+	cp -R _build/digits/results/$* _build/imagenette/results
 	cp $< $@
 
-# what each of them reads besides; tests/test_make.py compares this with their cells
-read_by = $(foreach name,$(1),$(if $(filter $(name),$(alike)),_build/digits,$(out))/notebooks/$(name).ipynb)
-matrix := notebooks/results/digits/matrix.json
-ablations := notebooks/results/digits/ablations.json
-backbones := notebooks/results/digits/backbones.json
-family := $(wildcard notebooks/results/digits/family.json notebooks/results/deit-ti/family.json)
-scratch := $(wildcard notebooks/results/digits/scratch.json)
-rows := $(wildcard notebooks/results/imagenette/*.json)
-woof := $(wildcard notebooks/results/imagewoof-gpu/*.json)
-costs := notebooks/results/cost-and-speed.json
-claims := book/claims.csv notebooks/ledger.py
-$(call read_by,all-together dynamicvit evit masked-fine-tuning questions robustness tps ledger): $(matrix)
-$(call read_by,dynamicvit questions robustness ledger): $(ablations)
-$(call read_by,hybrid-vits lv-vit ledger): $(backbones)
-$(call read_by,dynamicvit evit masked-fine-tuning questions reproduction robustness tps ledger): $(rows)
-$(call read_by,every-method merging a-count-for-each-image tokens-that-come-back): $(family)
-$(call read_by,masked-fine-tuning reproduction ledger): $(woof)
-$(call read_by,masked-fine-tuning ledger): $(scratch)
-$(call read_by,your-own): notebooks/results/loading.json
-$(call read_by,robustness speed ledger): $(costs)
-$(call read_by,paper-and-code): notebooks/results/fast-path.json
-$(call read_by,speed): notebooks/results/operators.json $(wildcard notebooks/results/speed/*.json)
-$(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where-the-cost-is): $(claims)
-$(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
-$(call read_by,imagenet): book/imagenet.md
-$(call read_by,questions): notebooks/pooling.py $(wildcard tests/fixtures/*)
-$(call read_by,a-count-for-each-image all-together dynamicvit evit hybrid-vits imagenet masked-fine-tuning one-training paper-and-code robustness tps your-own): $(wildcard recipes/*/*.yaml)
+# JOBS notebooks run at a time and share the cores; those that measure time run after them, alone, on all cores
+JOBS ?= 2
+MAKEFLAGS += --jobs=$(JOBS)
+threads := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))")
+ran := $(filter-out $(copies),$(foreach edition,$(if $(filter books,$(MAKECMDGOALS)),$(editions),$(PROFILE)),$(notebooks:%=_build/$(edition)/%)))
+ifeq ($(filter _build/%,$(MAKECMDGOALS)),)
+ran := $(sort $(ran) $(alike:%=_build/digits/notebooks/%.ipynb))
+last := $(foreach name,$(timed),$(filter %/$(name).ipynb,$(ran)))
+before := $(filter-out $(last),$(ran))
+$(foreach notebook,$(last),$(eval $(notebook): | $(before))$(eval before += $(notebook)))
+endif
+endif
+
+# what a notebook writes is in a folder of its name, and goes with it
+define rules
+_build/$(1)/notebooks/%.ipynb: notebooks/%.ipynb $(env)
+	rm -rf _build/$(1)/results/$$*
+	$$(if $$(filter $$*,$$(timed)),,OMP_NUM_THREADS=$$(threads) )$(bin)/python notebooks/run.py $$< $$@ profile=$(1) out=../_build/$(1)/results/$$*
+_build/$(1)/site/_build/html/index.html: $(notebooks:%=_build/$(1)/%) $(pages) $(package) $(javascript) $(env) | $(ran)
+	$(bin)/python book/render.py _build/$(1)
+	touch $$@
+endef
+$(foreach edition,$(editions),$(eval $(call rules,$(edition))))
 
 # what pages load, pinned and checksummed in book/javascript
 $(javascript): book/javascript/package.json book/javascript/package-lock.json
@@ -155,7 +152,3 @@ $(javascript): book/javascript/package.json book/javascript/package-lock.json
 	cp $^ $(@D)
 	npm ci --prefix $(@D) --ignore-scripts --no-audit --no-fund --loglevel=error && touch $@ \
 		|| { rm -rf $(@D); echo "npm is missing or failed: pages will load MathJax from its CDN and run no model"; }
-
-$(site): $(executed) $(pages) $(package) $(javascript) $(env)
-	$(bin)/python book/render.py $(out)
-	touch $@

@@ -28,6 +28,7 @@ def lay_out(out):
     """Everything Jupyter Book reads, under `out/site`. → that folder."""
     site = out / "site"
     shutil.rmtree(site, ignore_errors=True)
+    tidy(out)
     sources = {path: path.relative_to(TOP) for path in (TOP / "book").rglob("*") if path.is_file()}
     for pattern in ("tpbook/**/*.py", "recipes/*/*.yaml"):  # shown in the chapters
         sources |= {path: path.relative_to(TOP) for path in TOP.glob(pattern)}
@@ -60,8 +61,19 @@ def lay_out(out):
     return site
 
 
+def tidy(out):
+    """Remove what a notebook that was renamed, or failed, left beside the executed copies and the results."""
+    known = executed(out)
+    for path in (out / "notebooks").glob("*.ipynb"):
+        if path not in known:
+            path.unlink()
+    for path in (out / "results").glob("*"):
+        if path.is_dir() and path.name not in {notebook.stem for notebook in known}:
+            shutil.rmtree(path)
+
+
 def executed(out):
-    """The executed copies of the notebooks that there are; what a renamed or killed one left beside them is no part."""
+    """The executed copies of the notebooks that there are."""
     return [out / "notebooks" / path.name for path in sorted((TOP / "notebooks").glob("*.ipynb"))]
 
 
@@ -78,10 +90,10 @@ def numbers(files):
 
 def status(out):
     """What ran for this copy, when, for how long and on what; and so of the committed results. For `book/status.md`."""
-    ran, profile = {}, ""
+    ran, profiles = {}, {"digits"}
     for path in executed(out):
         papermill = nbformat.read(path, as_version=4).metadata.papermill
-        profile = papermill.parameters.profile
+        profiles.add(papermill.parameters.profile)
         ran[f"[{path.stem}](../notebooks/{path.name})"] = {
             "ran (UTC)": papermill.start_time[:16].replace("T", " "), "seconds": papermill.duration,
         }  # fmt: skip
@@ -100,7 +112,8 @@ def status(out):
     software = ("torch", "torchvision", "timm", "fvcore", "accelerate", "papermill", "jupyter-book", "sphinx")
     versions = pd.Series({name: importlib.metadata.version(name) for name in software}, name="version")
     return {
-        "profile": profile, "run": results.provenance(), "minutes": float(ran["seconds"].sum() / 60),
+        "profile": max(profiles),  # those that ask for none ran as the digits'
+        "run": results.provenance(), "minutes": float(ran["seconds"].sum() / 60),
         "table_notebooks": ran.to_markdown(floatfmt=".0f"), "table_committed": table.to_markdown(floatfmt=".0f"),
         "table_software": versions.rename_axis("package").to_markdown(disable_numparse=True),
     }  # fmt: skip

@@ -22,10 +22,11 @@ def run(source, target, parameters):
     print(f"{source.name} ({', '.join(f'{k}={v}' for k, v in parameters.items())})", file=sys.stderr)
     seconds = 1800 if parameters.get("budget", "slice") == "slice" else None  # a cell may take; recipes train for hours
     try:
-        # the bar counts cells; under CI there is no terminal to draw it on
+        # no bar, since several notebooks may run at once
         papermill.execute_notebook(
-            source, part, parameters, cwd=str(source.parent), log_output="CI" in os.environ, execution_timeout=seconds
-        )
+            source, part, parameters, cwd=str(source.parent), log_output="CI" in os.environ, progress_bar=False,
+            execution_timeout=seconds,
+        )  # fmt: skip
     except PapermillExecutionError as error:
         os.replace(part, failed)
         sys.exit(f"{source} failed in cell {error.exec_count}; its half-run copy is {failed}\n{error}")

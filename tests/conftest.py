@@ -15,6 +15,11 @@ FULL = Path(os.environ.get("TPBOOK_FIXTURES", HERE.parent.parent / "shared" / "f
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 
+def pytest_collection_modifyitems(items):
+    """What takes long begins first, so that in the end no worker is alone with it."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

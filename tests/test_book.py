@@ -216,6 +216,10 @@ def test_what_a_killed_or_renamed_notebook_left_is_no_part_of_the_book(source, t
     assert render.numbers(render.written(out)) == {"here_now": {"of": "here/here-now.json"}}
     said = render.status(out)
     assert said["profile"] == "digits" and "here" in said["table_notebooks"] and "old" not in said["table_notebooks"]
+    render.tidy(out)
+    assert [path.name for path in (out / "notebooks").iterdir()] == ["here.ipynb"]
+    assert {path.name for path in (out / "results").iterdir()} == {"here", "stray.json"}
+    assert (out / "results/here/runs/result.json").exists()
 
 
 def test_what_notebooks_begin_with(tmp_path):

@@ -1,9 +1,11 @@
 """What `make` makes again, and where it refuses to begin."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import nbformat
 import pytest
 
 TOP = Path(__file__).parent.parent
+sys.path.insert(0, str(TOP / "notebooks"))
+import needs  # noqa: E402
+
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
@@ -88,9 +93,150 @@ def test_a_notebook_runs_again_when_what_it_reads_changed(made, changed):
     assert readers and found == readers and len(found) < len(NOTEBOOKS)
 
 
-@pytest.mark.parametrize("changed", ["engine.py", "methods/evit.py", "pretrained/vit_digits_patch4_56.json"])
+@pytest.mark.parametrize("changed", ["engine.py", "families/beit.py"])
 def test_every_notebook_runs_again_with_the_package(made, changed):
     assert again(made, f"tpbook/{changed}") == {path.stem for path in NOTEBOOKS}
+
+
+def imports(path):
+    """What a notebook's cells import of this repository, by their text."""
+    cells = nbformat.read(path, as_version=4).cells
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "code" and "tpbook" in cell.source)
+
+
+@pytest.mark.parametrize("module, asked", [("diagrams", r"\bdiagrams\b"), ("exporting", r"tpbook\.export\(")])
+def test_a_notebook_does_not_run_again_with_what_it_does_not_import(made, module, asked):
+    [changed] = [path.relative_to(TOP) for path in TOP.glob(f"tpbook/**/{module}.py")]
+    users = {path.stem for path in NOTEBOOKS if re.search(asked, imports(path))}
+    assert users and again(made, changed.as_posix()) == users < {path.stem for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("changed", ["notebooks/run.py", "tpbook/onnx_graph.py"])
+def test_how_notebooks_are_run_is_none_of_what_they_read(made, changed):
+    assert len(again(made, changed)) <= 0.1 * len(NOTEBOOKS)
+
+
+RECORD = """
+import json, os, sys
+top, seen = os.getcwd(), set()
+sys.path[:0] = [top, os.path.join(top, "notebooks")]
+os.chdir("notebooks")
+sys.addaudithook(lambda event, args: seen.add(args[0]) if event == "open" and isinstance(args[0], str) else None)
+exec(sys.stdin.read())
+modules = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+files = {os.path.relpath(os.path.abspath(path), top) for path in seen | modules if path}
+print(json.dumps(sorted(f for f in files if f.startswith(("tpbook/", "notebooks/")) and "__pycache__" not in f)))
+"""
+
+
+def test_what_python_opens_is_among_what_make_knows():
+    """The imports of a notebook, run: every module and file that Python then asks for is in its list."""
+    path = TOP / "notebooks/your-own.ipynb"
+    lines = [line for line in imports(path).splitlines() if re.match(r"(import|from) ", line)]
+    lines += ["import tpbook.weights, tpbook.families"]  # a family is imported when a model asks for its own
+    lines += ["tpbook.families.family_of(tpbook.weights.load_trained_digits('dtps'))"]
+    command = [sys.executable, "-c", RECORD]
+    ran = subprocess.run(command, input="\n".join(lines), cwd=TOP, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    opened = {file for file in json.loads(ran.stdout) if (TOP / file).is_file()}
+    assert len(opened) > 60 and "tpbook/families/timm_vit.py" in opened
+    assert opened <= set(needs.needs(path)), opened - set(needs.needs(path))
+
+
+def notebook(folder, name, *cells, parameters=""):
+    """A notebook of a made-up repository."""
+    new = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    new.cells.insert(0, nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    nbformat.write(new, folder / "notebooks" / f"{name}.ipynb")
+    return folder / "notebooks" / f"{name}.ipynb"
+
+
+FILES = {
+    "tpbook/__init__.py": '_LATER = {"late": (".book.late", None)}\nfrom .core import x',
+    "tpbook/core.py": "", "tpbook/alone.py": "from .core import x", "tpbook/deep.py": "",
+    "tpbook/book/__init__.py": "", "tpbook/book/late.py": "def f():\n    from ..deep import y",
+    "tpbook/book/weighs.py": "a = 'kept/w'",
+    "tpbook/kept/w.bin": "", "tpbook/kept/v.bin": "", "notebooks/help.py": "from tpbook import alone",
+    "notebooks/results/a/one.json": "", "notebooks/results/a/two.json": "", "notebooks/results/b/one.json": "",
+    "book/words.csv": "", "recipes/digits/x.yaml": "", "recipes/own/y.yaml": "",
+}  # fmt: skip
+CORE = {"tpbook/__init__.py", "tpbook/core.py"}
+WEIGHED = CORE | {"tpbook/book/__init__.py", "tpbook/book/weighs.py", "tpbook/kept/v.bin", "tpbook/kept/w.bin"}
+
+
+@pytest.mark.parametrize(
+    "cells, wanted",
+    [
+        ("import json", set()),
+        ("import tpbook", CORE), ("%pip install x\nawait y()\nif z:\n    !ls\nimport tpbook", CORE),
+        ("import tpbook\ntpbook.late.f()", CORE | {"tpbook/book/__init__.py", "tpbook/book/late.py", "tpbook/deep.py"}),
+        ("from tpbook import late", CORE | {"tpbook/book/__init__.py", "tpbook/book/late.py", "tpbook/deep.py"}),
+        ("import help", CORE | {"notebooks/help.py", "tpbook/alone.py"}),
+        ("from tpbook.book import weighs", WEIGHED),
+        ("open('results/a/one.json')", {"notebooks/results/a/one.json"}),
+        ("open(f'results/{which}/one.json')", {"notebooks/results/b/one.json"}),
+        ("open(f'results/{other}/one.json')", {"notebooks/results/a/one.json", "notebooks/results/b/one.json"}),
+        ("list('results/a')", {"notebooks/results/a/one.json", "notebooks/results/a/two.json"}),
+        ("open('../book/words.csv')", {"book/words.csv"}),
+        ("open(f'../recipes/{profile}/x.yaml')", {"recipes/digits/x.yaml", "recipes/own/y.yaml"}),
+        ("'see results/a/one.json'", set()),
+    ],
+)  # fmt: skip
+def test_what_a_notebook_needs(tmp_path, cells, wanted):
+    for file, text in FILES.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    path = notebook(tmp_path, "it", cells, parameters='profile: str = "digits"\nwhich: str = "b"')
+    assert set(needs.needs(path)) == wanted | {"notebooks/it.ipynb"}
+
+
+@pytest.mark.parametrize(
+    "cell, alike",
+    [
+        ("experiments.begin(profile, out)", True), ('results.save(out, "x", {"profile": profile})', True),
+        ("n = experiments.of(profile, digits=1, imagenette=2)", False), ('if profile == "digits":\n    pass', False),
+        ('path = f"../recipes/{profile}/x.yaml"', False), ('{"edition": profile}', False), ("begin(out)", True),
+    ],
+)  # fmt: skip
+def test_alike_is_what_only_writes_its_profile_down(tmp_path, cell, alike):
+    (tmp_path / "notebooks").mkdir()
+    assert needs.is_alike(notebook(tmp_path, "it", cell, parameters='profile: str = "digits"')) is alike
+
+
+def orders(top, *arguments):
+    """What make would run, in its order: (edition, notebook or "site", threads or "all")."""
+    command = ["make", "-n", "TPBOOK_DATA=/nowhere", "-W", "tpbook/engine.py", *arguments]
+    ran = subprocess.run(command, cwd=top, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    run = r"(?:OMP_NUM_THREADS=(\d+) )?\S+/python (?:notebooks/run\.py notebooks/([\w-]+)\.ipynb|book/render\.py) "
+    found = re.findall(run + r"_build/(\w+)", ran.stdout)
+    return [(edition, name or "site", threads or "all") for threads, name, edition in found]
+
+
+def test_notebooks_share_the_cores_and_what_measures_time_runs_last_and_alone(made):
+    done = orders(made, "PROFILE=digits", "book", "JOBS=2")
+    timed = {path.stem for path in NOTEBOOKS if needs.is_timed(path)}
+    assert {name for _, name, threads in done if threads == "all"} == timed | {"site"} and "speed" in timed
+    assert all(threads == "all" for _, _, threads in done[-len(timed) - 1 :]) and done[-1][1] == "site"
+    assert {threads for *_, threads in done} == {"all", str(max(1, os.cpu_count() // 2))}
+    said = subprocess.run(
+        ["make", "-n", "-p", "TPBOOK_DATA=/nowhere", "PROFILE=digits", "book"], cwd=made, capture_output=True, text=True
+    ).stdout  # fmt: skip
+    for name in timed:  # which waits for all that measure nothing
+        [waits] = re.findall(rf"^_build/digits/notebooks/{name}\.ipynb:[^|\n]*\| (.*)$", said, flags=re.MULTILINE)
+        assert {f"_build/digits/notebooks/{path.name}" for path in NOTEBOOKS if path.stem not in timed} <= set(
+            waits.split()
+        )
+
+
+def test_what_asks_for_no_profile_runs_once_for_both_editions(made):
+    done = orders(made, "books")
+    alike = {path.stem for path in NOTEBOOKS if needs.is_alike(path)}
+    both = [name for _, name, _ in done]
+    assert {name for name in both if both.count(name) == 1} == alike
+    assert {name: both.count(name) for name in both if name not in alike} == {
+        name: 2 for name in {path.stem for path in NOTEBOOKS} - alike | {"site"}
+    }
 
 
 def test_what_a_notebook_wrote_goes_before_it_runs_again(made):
