@@ -3,6 +3,7 @@
 Chapter: :doc:`/book/notation`
 """
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,11 @@ def step_time(model, images, labels, mask_ratio=0.0):
     if mask_ratio:
         unmask(model)
     return took
+
+
+def pruned(model, method, keep_ratio=0.7, **options):
+    """A pruned copy of a model that is not pruned; arguments as for `tpbook.prune`."""
+    return prune(copy.deepcopy(model), method, keep_ratio=keep_ratio, **options)
 
 
 def gmacs(model, method, keep_ratio, **options):
