@@ -143,6 +143,8 @@ def importable(name):
 @every_site
 def test_notebooks_can_be_taken_along(site):
     for page in sorted((site / "notebooks").glob("*.html")):
+        if "http-equiv" in page.read_text():  # sends on
+            continue
         links = [a["href"] for a in soup_of(page).select(".dropdown-download-buttons a")]
         notebooks = [page.parent / link for link in links if link.endswith(".ipynb")]
         assert notebooks and all(notebook.resolve().exists() for notebook in notebooks), page

@@ -37,7 +37,7 @@ def save(figure, folder, name):
     if name.endswith(".svg"):
         figure.savefig(f"{folder}/{name}", metadata={"Date": None})
     else:
-        figure.savefig(f"{folder}/{name}", pil_kwargs={"quality": 80})
+        figure.savefig(f"{folder}/{name}", pil_kwargs={"quality": 80, "optimize": True, "progressive": True})
         plt.close(figure)
         display(Image(f"{folder}/{name}"))
 
