@@ -140,9 +140,10 @@ $(call read_by,every-method merging a-count-for-each-image tokens-that-come-back
 $(call read_by,masked-fine-tuning reproduction ledger): $(woof)
 $(call read_by,masked-fine-tuning ledger): $(scratch)
 $(call read_by,your-own): notebooks/results/loading.json
-$(call read_by,robustness speed ledger): $(costs)
+$(call read_by,speed ledger): $(costs)
 $(call read_by,paper-and-code): notebooks/results/fast-path.json
-$(call read_by,speed): notebooks/results/operators.json $(wildcard notebooks/results/speed/*.json)
+$(call read_by,speed): notebooks/results/operators.json notebooks/results/speed-official.csv
+$(call read_by,questions robustness speed): $(wildcard notebooks/results/speed/*.json notebooks/results/speed-h100/*.json)
 $(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where-the-cost-is): $(claims)
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md
