@@ -148,6 +148,11 @@ def points(comparison, interval=True):
     return said.format(**comparison)
 
 
+def interval(comparison):
+    """What `paired` found, for a table: difference [95 % interval over images], in points."""
+    return "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**comparison)
+
+
 def gain(ours, theirs):
     """What `paired` finds, for a table: difference in points, [95 % interval over images], p-value."""
     said = paired(ours, theirs)
