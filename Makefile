@@ -114,7 +114,7 @@ _build/imagenette/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(packag
 	$(call run,imagenette)
 
 # those that ask for no profile are the same in both editions, and run once
-alike := cost-and-speed every-method hybrid-vits ledger lv-vit paper-and-code-counts questions-cost questions-training speed where-the-cost-is
+alike := cost-and-speed every-method hybrid-vits ledger lv-vit paper-and-code-counts questions-cost questions-training speed where-the-cost-is which-method
 $(alike:%=_build/imagenette/notebooks/%.ipynb): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
 	mkdir -p $(@D) $(out)/results
 	rm -rf $(out)/results/$*
@@ -132,10 +132,10 @@ rows := $(wildcard notebooks/results/imagenette/*.json)
 woof := $(wildcard notebooks/results/imagewoof-gpu/*.json)
 costs := notebooks/results/cost-and-speed.json
 claims := book/claims.csv notebooks/ledger.py
-$(call read_by,all-together dynamicvit evit masked-fine-tuning questions-blocks robustness tps ledger): $(matrix)
-$(call read_by,dynamicvit questions-blocks robustness ledger): $(ablations)
+$(call read_by,all-together dynamicvit evit masked-fine-tuning questions-blocks tps which-method ledger): $(matrix)
+$(call read_by,dynamicvit questions-blocks which-method ledger): $(ablations)
 $(call read_by,hybrid-vits lv-vit ledger): $(backbones)
-$(call read_by,dynamicvit evit masked-fine-tuning questions-blocks reproduction robustness tps ledger): $(rows)
+$(call read_by,dynamicvit evit masked-fine-tuning questions-blocks reproduction tps which-method ledger): $(rows)
 $(call read_by,every-method merging a-count-for-each-image tokens-that-come-back): $(family)
 $(call read_by,masked-fine-tuning reproduction ledger): $(woof)
 $(call read_by,masked-fine-tuning ledger): $(scratch)
@@ -143,7 +143,7 @@ $(call read_by,your-own): notebooks/results/loading.json
 $(call read_by,speed ledger): $(costs)
 $(call read_by,paper-and-code-others): notebooks/results/fast-path.json
 $(call read_by,speed): notebooks/results/operators.json notebooks/results/speed-official.csv
-$(call read_by,questions-speed robustness speed): $(wildcard notebooks/results/speed/*.json notebooks/results/speed-h100/*.json)
+$(call read_by,questions-speed which-method speed): $(wildcard notebooks/results/speed/*.json notebooks/results/speed-h100/*.json)
 $(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions-blocks where-the-cost-is): $(claims)
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md

@@ -193,6 +193,18 @@ def traced(model, images, method, **options):
     return t
 
 
+@torch.inference_mode()
+def left(model, images, batch=100):
+    """Which patches a pruned model has left after its last stage, (n, C, H, W) → (n, N) bool; fused tokens are none."""
+    alive = []
+    for x in images.split(batch):
+        with trace(model) as t:
+            model(x)
+        seen = torch.zeros(len(x), t.grid[0] * t.grid[1] + 1, dtype=torch.bool)
+        alive.append(seen.scatter_(1, t.kept[-1].clamp(min=-1) + 1, True)[:, 1:])
+    return torch.cat(alive)
+
+
 def right_when_pruned(model, images, labels, method, keep_ratio, seeds, **options):
     """Which images a model gets right that is pruned without training, by chance anew for each seed.
 
