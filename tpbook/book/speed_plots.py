@@ -52,9 +52,8 @@ def break_even(rows):
     columns = sorted({column for values in grids.values() for column in values})
     grids = {mode: values.reindex(columns=pd.MultiIndex.from_tuples(columns)) for mode, values in grids.items()}
     tall = [len(values) for values in grids.values()]
-    wide = min(3.7, 0.42 * len(columns))
     fig, axes = plt.subplots(
-        len(grids), figsize=(1.3 + wide, 0.26 * sum(tall) + 0.35 * len(grids) + 0.5), height_ratios=tall, squeeze=False,
+        len(grids), figsize=(4.9, 0.26 * sum(tall) + 0.35 * len(grids) + 0.5), height_ratios=tall, squeeze=False,
         sharex=True, layout="constrained",
     )  # fmt: skip
     every = np.concatenate([values.to_numpy().ravel() for values in grids.values()])
