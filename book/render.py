@@ -43,7 +43,10 @@ def lay_out(out):
     config["parse"]["myst_substitutions"] = found
     if config["repository"]["url"]:
         config["html"] |= {"use_repository_button": True, "use_issues_button": True}
-        config["launch_buttons"] |= {"binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"}
+        config["launch_buttons"] |= {
+            "binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com",
+            "notebook_interface": "jupyterlab",
+        }  # fmt: skip
     sphinx = config["sphinx"]["config"]
     if (modules := TOP / "_build/javascript/node_modules").exists():
         for path in (modules / "mathjax/es5/tex-svg.js", modules / "mathjax/LICENSE"):

@@ -93,7 +93,9 @@ def test_a_notebook_runs_from_another_folder(tmp_path):
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     printed = nbformat.read(tmp_path / "there.ipynb", as_version=4).cells[2].outputs
-    assert [out.text for out in printed if out.get("name") == "stdout"] == ["results/loading.json ../recipes/own/etps.yaml\n"]
+    assert [out.text for out in printed if out.get("name") == "stdout"] == [
+        "results/loading.json ../recipes/own/etps.yaml\n"
+    ]
 
 
 def test_all_begin_alike_and_name_the_one_address():
@@ -101,7 +103,7 @@ def test_all_begin_alike_and_name_the_one_address():
     assert len({cell.source for cell in cells}) == 1 and all(cell.metadata.tags == ["remove-cell"] for cell in cells)
     [address] = re.findall(r'address = "(.*)"', cells[0].source)
     url = yaml.safe_load((TOP / "_config.yml").read_text())["repository"]["url"] or ""
-    assert address == url, "the address stands in _config.yml and in every notebook's first cell: see README.md"
+    assert address == url, "the address stands in _config.yml and in every notebook's first cell: see _config.yml"
 
 
 @pytest.mark.parametrize("around", [True, False])
