@@ -62,6 +62,7 @@ def test_an_older_engine_stands_only_where_nothing_else_was_measured(write):
     latest = speed.latest(table, "bbb")
     pruned = latest[latest.method != "dense"].set_index(["mode", "keep_ratio"]).times_dense
     assert pruned.to_dict() == {("eager", 0.7): 0.9, ("graphs", 0.7): 0.7}  # ρ = 0.5 was not measured again
+    assert list(latest.commit) == ["bbb", "bbb", "not named", "not named"]
     both = speed.changed(table, "bbb")
     assert list(both.method) == ["dense", "evit"]
     assert (both.times_dense_before[1], both.times_dense_now[1]) == (0.5, 0.9)

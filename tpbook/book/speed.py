@@ -41,6 +41,7 @@ def read(*folders):
     for path in (path for folder in folders for path in sorted(Path(folder).glob("*.json"))):
         made = json.loads(path.read_text())
         run = {key: made["run"][key] for key in ("device", "machine", "commit", "date", "torch", "threads")}
+        run["commit"] = run["commit"] or "not named"  # measured outside a checkout
         rows += [{"file": path.stem, **run, **row} for row in made["rows"]]
     if not rows:
         raise ValueError(f"folders must hold files of tpbook.bench, got {', '.join(map(str, folders))}")
@@ -65,7 +66,7 @@ def latest(rows, before=BEFORE):
         rows: of `read`.
         before: how the commit of the older engine begins; "" is none.
     """
-    old = rows.commit.fillna("").str.startswith(before) if before else pd.Series(False, rows.index)
+    old = rows.commit.str.startswith(before) if before else pd.Series(False, rows.index)
     renewed = set(zip(rows.device[~old], rows["mode"][~old]))
     stays = [not past or (device, mode) not in renewed for past, device, mode in zip(old, rows.device, rows["mode"])]
     rows = rows[stays].sort_values(["date", "rounds"], kind="stable")
@@ -83,7 +84,7 @@ def changed(rows, before=BEFORE):
         DataFrame, a row a measurement of both: the setting, "method", "keep_ratio", and of "ms", "times_dense" and
         "efficiency" each "…_before" and "…_now"; empty where nothing was measured by both.
     """
-    old = rows.commit.fillna("").str.startswith(before)
+    old = rows.commit.str.startswith(before)
     by = [*SETTING, "model", "method", "keep_ratio"]
     values = ["ms", "times_dense", "efficiency"]
     sides = [part.drop_duplicates(by, keep="last")[[*by, *values]] for part in (rows[old], rows[~old])]
