@@ -106,7 +106,7 @@ def status(out):
     ran = pd.DataFrame(ran).T.rename_axis("notebook")
     folder = TOP / "notebooks/results"
     committed = {}
-    speed = [f"speed/{path.stem}" for path in sorted((folder / "speed").glob("*.json"))]
+    speed = [f"{path.parent.name}/{path.stem}" for path in sorted(folder.glob("speed*/*.json"))]
     digits = [f"digits/{path.stem}" for path in sorted((folder / "digits").glob("*.json"))]
     for name in (*digits, "cost-and-speed", "loading", "operators", *speed):
         made = json.loads((folder / f"{name}.json").read_text())
