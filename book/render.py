@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from tpbook.book import cost, results
+from tpbook.book import cost, front, plots, results
 
 TOP = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def lay_out(out):
     sources |= {path: Path("notebooks") / path.name for path in executed(out)}
     sources |= {path: Path("results") / path.name for path in written(out)}
     config = yaml.safe_load((TOP / "_config.yml").read_text())
-    config["parse"]["myst_substitutions"] = numbers(written(out)) | {"status": status(out)}
+    config["parse"]["myst_substitutions"] = numbers(written(out)) | {"status": status(out), "front": first_page(site)}
     if config["repository"]["url"]:
         config["html"] |= {"use_repository_button": True, "use_issues_button": True}
         config["launch_buttons"] |= {"binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"}
@@ -58,6 +58,15 @@ def lay_out(out):
     (site / "book/static/rules.js").write_text(cost.script(), encoding="utf-8")
     (site / "_config.yml").write_text(yaml.safe_dump(config, allow_unicode=True))
     return site
+
+
+def first_page(site):
+    """Draws the first page's figure. → what the page says"""
+    rows = front.photographs(TOP / "notebooks/results/deit-ti/family.json")
+    (site / "results").mkdir(parents=True)
+    plots.style()
+    plots.save(front.figure(rows), site / "results", "front-accuracy.svg")
+    return front.numbers(rows) | {"ten": front.ten()}
 
 
 def executed(out):
