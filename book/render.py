@@ -8,6 +8,7 @@ number typed by hand.
 import importlib.metadata
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +143,25 @@ def share_pictures(html):
             page.write_text(text)
 
 
+SEARCH = re.compile(r'<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>\n?')
+ICONS = re.compile(r'<script [^>]*src="[^"]*scripts/fontawesome\.js[^"]*"></script>\n?')
+MATHS = re.compile(r'<script[^>]*>window\.MathJax.*?</script>\n?|<script [^>]*/tex-svg\.js[^"]*"></script>\n?')
+
+
+def lighten(html):
+    """Take out of each page the scripts that it does not use, three quarters of what it would load.
+
+    The theme can search from any page, which is off here; its icons come from a font; MathJax is for equations.
+    """
+    for page in html.rglob("*.html"):
+        text = ICONS.sub("", page.read_text())
+        if page.name != "search.html":
+            text = SEARCH.sub("", text)
+        if page.parent.name != "notebooks" and 'class="math' not in text:
+            text = MATHS.sub("", text)
+        page.write_text(text)
+
+
 def hand_out_notebooks(html):
     """What a page's download button gives is the notebook as it is committed: its outputs are on the page already."""
     for path in (html / "_sources/notebooks").glob("*.ipynb"):
@@ -152,12 +172,13 @@ if __name__ == "__main__":
     site = lay_out(Path(sys.argv[1]).resolve())
     command = [Path(sys.executable).with_name("jupyter-book"), "build", site, "-W", "-n", "--keep-going", "--quiet"]
     code = subprocess.run(command).returncode
-    # for debuggers of the theme, for browsers that know no .woff2 beside it, and its words in other languages
-    for pattern in ("*.map", "*.ttf", "*.mo", "*.po"):
+    # for debuggers of the theme, for browsers that know no .woff2 beside it, other languages, icons that are a font too
+    for pattern in ("*.map", "*.ttf", "*.mo", "*.po", "fontawesome.js*"):
         for path in (site / "_build/html/_static").rglob(pattern):
             path.unlink()
     if code == 0:
         fewer_colours(site / "_build/html")
         share_pictures(site / "_build/html")
+        lighten(site / "_build/html")
         hand_out_notebooks(site / "_build/html")
     sys.exit(code)

@@ -228,7 +228,7 @@ def test_the_first_page_is_light_and_its_explorer_works_by_keyboard(site, visit)
     page.keyboard.press("Shift+Tab")  # to the pictures
     page.keyboard.press("ArrowRight")
     page.wait_for_function("document.querySelector('.mini-explorer').explorer.request.image == 1")
-    assert [card.get_attribute("href") for card in page.locator("article .sd-card a").all()] == [
+    assert [card.get_attribute("href") for card in page.locator("article a.sd-stretched-link").all()] == [
         "explorer.html", "prune-in-ten-minutes.html", "ledger.html"
     ]  # fmt: skip
     assert not page.wrong
