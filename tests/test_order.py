@@ -34,7 +34,7 @@ def test_contents():
     assert all(page.startswith("book/") for page in WALK)
     pages = {f"book/{page.stem}" for page in (TOP / "book").glob("*.md")} - {"book/welcome"}
     assert sorted(WALK) == sorted(pages)
-    assert sorted(RUNS) == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    assert sorted(RUNS) == sorted(f"notebooks/{path.stem}" for path in NOTEBOOKS)
     methods = [entry["file"].removeprefix("book/") for entry in PARTS["Methods"]]
     assert methods[:3] == ["evit", "tps", "dynamicvit"] and methods[-1] == "masked-fine-tuning"
 
@@ -95,10 +95,11 @@ def test_a_small_explorer_holds_what_it_shows_and_no_more(extension):
 
     data = {
         "methods": {name: {"title": name} for name in ("evit", "dtps", "random")}, "ratios": [0.2, 1.0],
-        "sets": [group("photographs", "evit", "random"), group("digits", "evit", "dtps", "random")],
+        "paint": "grey", "sets": [group("photographs", "evit", "random"), group("digits", "evit", "dtps", "random")],
     }  # fmt: skip
     small = explore.part(data, ["dtps", "random"], 2, 0.5)
     [shown] = small["sets"]
+    assert small["paint"] == "grey" and small["ratios"] == [0.2, 1.0]
     assert small["start"] == {"method": "dtps", "ratio": 0.5} and list(small["methods"]) == ["dtps", "random"]
     assert shown["name"] == "digits" and len(shown["images"]) == len(shown["states"]) == 2
     assert shown["states"][0] == {name: group("", "dtps")["states"][0]["dtps"] for name in ("dtps", "random")}

@@ -48,13 +48,11 @@ def part(data, methods, pictures, ratio):
     costs = {name: [cost and {k: cost[k] for k in cost if k not in ("times", "speed")} for cost in of["costs"][name]]
              for name in known}  # fmt: skip
     said = {c for image in states for several in image.values() for state in several if state for c, _ in state["top"]}
-    group = {key: of[key] for key in ("name", "grid", "at", "dense")}
+    group = {key: value for key, value in of.items() if key not in ("onnx", "shape")}
     group |= {"images": of["images"][:pictures], "states": states, "costs": costs, "methods": dict.fromkeys(known, {})}
     group |= {"classes": {c: of["classes"][c] for c in sorted(said)}, "missing": ""}
-    return {
-        "methods": {name: data["methods"][name] for name in known}, "ratios": data["ratios"], "sets": [group],
-        "start": {"method": methods[0], "ratio": ratio},
-    }  # fmt: skip
+    shown = {name: data["methods"][name] for name in known}
+    return {**data, "methods": shown, "sets": [group], "start": {"method": methods[0], "ratio": ratio}}
 
 
 class MiniExplorer(SphinxDirective):
