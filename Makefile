@@ -114,7 +114,7 @@ _build/imagenette/notebooks/%.ipynb: notebooks/%.ipynb notebooks/run.py $(packag
 	$(call run,imagenette)
 
 # those that ask for no profile are the same in both editions, and run once
-alike := cost-and-speed every-method hybrid-vits ledger lv-vit speed where-the-cost-is
+alike := cost-and-speed every-method hybrid-vits ledger lv-vit paper-and-code-counts questions-cost questions-training speed where-the-cost-is which-method
 $(alike:%=_build/imagenette/notebooks/%.ipynb): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
 	mkdir -p $(@D) $(out)/results
 	rm -rf $(out)/results/$*
@@ -132,22 +132,24 @@ rows := $(wildcard notebooks/results/imagenette/*.json)
 woof := $(wildcard notebooks/results/imagewoof-gpu/*.json)
 costs := notebooks/results/cost-and-speed.json
 claims := book/claims.csv notebooks/ledger.py
-$(call read_by,all-together dynamicvit evit masked-fine-tuning questions robustness tps ledger): $(matrix)
-$(call read_by,dynamicvit questions robustness ledger): $(ablations)
+$(call read_by,all-together dynamicvit evit masked-fine-tuning questions-blocks tps which-method ledger): $(matrix)
+$(call read_by,dynamicvit questions-blocks which-method ledger): $(ablations)
 $(call read_by,hybrid-vits lv-vit ledger): $(backbones)
-$(call read_by,dynamicvit evit masked-fine-tuning questions reproduction robustness tps ledger): $(rows)
+$(call read_by,dynamicvit evit masked-fine-tuning questions-blocks reproduction tps which-method ledger): $(rows)
 $(call read_by,every-method merging a-count-for-each-image tokens-that-come-back): $(family)
 $(call read_by,masked-fine-tuning reproduction ledger): $(woof)
 $(call read_by,masked-fine-tuning ledger): $(scratch)
 $(call read_by,your-own): notebooks/results/loading.json
-$(call read_by,robustness speed ledger): $(costs)
-$(call read_by,paper-and-code): notebooks/results/fast-path.json
-$(call read_by,speed): notebooks/results/operators.json $(wildcard notebooks/results/speed/*.json)
-$(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where-the-cost-is): $(claims)
+$(call read_by,speed ledger): $(costs)
+$(call read_by,paper-and-code-others): notebooks/results/fast-path.json
+$(call read_by,speed): notebooks/results/operators.json notebooks/results/speed-official.csv
+$(call read_by,questions-speed which-method speed): $(wildcard notebooks/results/speed/*.json notebooks/results/speed-h100/*.json)
+$(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions-blocks where-the-cost-is): $(claims)
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md
-$(call read_by,questions): notebooks/pooling.py $(wildcard tests/fixtures/*)
-$(call read_by,a-count-for-each-image all-together dynamicvit evit hybrid-vits imagenet masked-fine-tuning one-training paper-and-code robustness tps your-own): $(wildcard recipes/*/*.yaml)
+$(call read_by,questions-masks): notebooks/pooling.py
+$(call read_by,questions-training): $(wildcard tests/fixtures/*)
+$(call read_by,a-count-for-each-image all-together dynamicvit evit hybrid-vits imagenet masked-fine-tuning one-training paper-and-code-counts paper-and-code-training paper-and-code-tokens paper-and-code-others robustness tps your-own): $(wildcard recipes/*/*.yaml)
 
 # what pages load, pinned and checksummed in book/javascript
 $(javascript): book/javascript/package.json book/javascript/package-lock.json

@@ -20,7 +20,7 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from tpbook.book import cost, front, plots, results
+from tpbook.book import cost, differences, front, plots, results
 
 TOP = Path(__file__).parent.parent
 
@@ -38,7 +38,10 @@ def lay_out(out):
     sources |= {path: Path("notebooks") / path.name for path in executed(out)}
     sources |= {path: Path("results") / path.name for path in written(out)}
     config = yaml.safe_load((TOP / "_config.yml").read_text())
-    config["parse"]["myst_substitutions"] = numbers(written(out)) | {"status": status(out), "front": first_page(site)}
+    found = numbers(written(out))
+    parts = [part["differences"] for part in found.values() if "differences" in part]
+    found |= {"status": status(out), "differences": differences.listed(parts), "front": first_page(site)}
+    config["parse"]["myst_substitutions"] = found
     if config["repository"]["url"]:
         config["html"] |= {"use_repository_button": True, "use_issues_button": True}
         config["launch_buttons"] |= {"binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"}

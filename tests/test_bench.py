@@ -11,6 +11,7 @@ from builders import BUILDERS, COUNTED, answer
 import tpbook
 from tpbook import bench, plan
 from tpbook.methods.parts import Method, Score
+from tpbook.timing import clock
 
 TINY = "test_vit"  # timm's smallest, 160 px
 FOUR = ("dynamicvit", "evit", "dtps", "etps")
@@ -39,6 +40,19 @@ def test_few_rounds_have_no_interval():
     assert bench.times(torch.ones(5).double(), five) == [3, None, None] and bench.said([3.0, None, None]) == "3.00"
     six = bench.times(torch.ones(6).double(), torch.arange(1.0, 7.0).double())
     assert six == [3.5, 1, 6]
+
+
+@pytest.mark.parametrize("ratio, shown", [
+    ([1.5, 1.4, 1.6], "1.50 [1.40, 1.60]"),
+    ([0.5, 0.45, 0.6], "0.50 [0.45, 0.60]"),
+    ([1.5, 1.01, 1.5], "1.50 [1.01, 1.50]"),  # 0.49 wide, a third of 1.5 is 0.5
+    ([0.71, 0.5, 3.85], "not measurable here"),  # holds 1
+    ([1.02, 1.0, 1.05], "not measurable here"),
+    ([1.5, 1.2, 1.71], "not measurable here"),  # too wide
+    ([2.0, None, None], "not measurable here"),  # five rounds
+])  # fmt: skip
+def test_what_a_page_says_of_a_clock_that_ran_with_it(ratio, shown):
+    assert clock.live(ratio) == shown
 
 
 @pytest.mark.parametrize("device, waited", [("cuda:1", "cuda:1"), ("mps", "mps"), ("cpu", None)])

@@ -144,6 +144,27 @@ def test_published_addresses_stay(site):
     assert pages <= set(published), "a new page: add it to book/published.txt"
 
 
+@built
+@every_site
+def test_the_explorer_carries_no_clock(site):
+    """Its states are counted; what a machine took while the book was made is no part of them."""
+    data = soup_of(site / "book/explorer.html").find(id="explorer-data").string
+    assert '"kept"' in data and not re.search(r'"(speed|times|seconds|ms)":', data)
+
+
+@built
+@every_site
+def test_speed_is_found_before_it_is_tabled(site):
+    """A part begins with a sentence of numbers, then its figure; all tables are folded."""
+    article = soup_of(site / "book/speed.html").find("article")
+    assert not [table for table in article.find_all("table") if not table.find_parent("details")]
+    sections = [figure.find_parent("section") for figure in article.find_all("figure")]
+    assert len(sections) == len(set(map(id, sections))) >= 7
+    for section in sections:
+        first = section.find("p")
+        assert re.search(r"\d", first.get_text()) and first.sourceline < section.find("figure").sourceline, first
+
+
 # ---- in a browser
 
 

@@ -3,6 +3,7 @@
 Chapter: :doc:`/book/notation`
 """
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch.utils.benchmark import Timer
 from .. import data, flops
 from ..engine import prune, unprune
 from ..masking import mask, unmask
+from ..tracing import trace
 from ..training import recipes
 from ..weights import DIGITS, load_backbone
 from . import plots
@@ -158,6 +160,49 @@ def step_time(model, images, labels, mask_ratio=0.0):
     if mask_ratio:
         unmask(model)
     return took
+
+
+def pruned(model, method, keep_ratio=0.7, **options):
+    """A pruned copy of a model that is not pruned; arguments as for `tpbook.prune`."""
+    return prune(copy.deepcopy(model), method, keep_ratio=keep_ratio, **options)
+
+
+def gmacs(model, method, keep_ratio, **options):
+    """What a model costs when pruned, by the closed form, in GMACs.
+
+    Args:
+        model: not pruned, and not pruned after.
+        method, keep_ratio, **options: as for `tpbook.prune`.
+    """
+    prune(model, method, keep_ratio=keep_ratio, **options)
+    try:
+        return flops.closed_form(model).total / 1e9
+    finally:
+        unprune(model)
+
+
+@torch.inference_mode()
+def traced(model, images, method, **options):
+    """The trace of images (n, C, H, W) that went through a model pruned for it; options as for `tpbook.prune`."""
+    prune(model, method, **options)
+    try:
+        with trace(model) as t:
+            model(images)
+    finally:
+        unprune(model)
+    return t
+
+
+@torch.inference_mode()
+def left(model, images, batch=100):
+    """Which patches a pruned model has left after its last stage, (n, C, H, W) → (n, N) bool; fused tokens are none."""
+    alive = []
+    for x in images.split(batch):
+        with trace(model) as t:
+            model(x)
+        seen = torch.zeros(len(x), t.grid[0] * t.grid[1] + 1, dtype=torch.bool)
+        alive.append(seen.scatter_(1, t.kept[-1].clamp(min=-1) + 1, True)[:, 1:])
+    return torch.cat(alive)
 
 
 def right_when_pruned(model, images, labels, method, keep_ratio, seeds, **options):

@@ -131,6 +131,22 @@ def sides(pairs, ahead="ahead", behind="behind"):
     return "; ".join(f"{word} at ρ = {', '.join(which)}" for word, which in at.items() if which)
 
 
+def about_zero(named):
+    """{a name: what `paired` found} → in words: whose interval lies above zero, below it, or on both sides."""
+    said = {
+        "above zero": [name for name, pair in named.items() if pair["low"] > 0],
+        "below zero": [name for name, pair in named.items() if pair["high"] < 0],
+        "undecided": [name for name, pair in named.items() if pair["low"] <= 0 <= pair["high"]],
+    }
+
+    def shown(names):
+        if len(names) == len(named):
+            return "all"
+        return f"{len(names)} of {len(named)}" if len(names) > 5 else ", ".join(names) or "none"
+
+    return "; ".join(f"{side}: {shown(names)}" for side, names in said.items()) + "."
+
+
 def markdown(table):
     """A data frame for a page, its index as columns."""
     return table.reset_index().to_markdown(index=False, disable_numparse=True)
@@ -146,6 +162,11 @@ def points(comparison, interval=True):
     """What `paired` found, for a table: difference ± spread over seeds [95 % interval over images]."""
     said = "{difference:+.1f} ± {spread:.1f}" + " [{low:+.1f}, {high:+.1f}]" * interval
     return said.format(**comparison)
+
+
+def interval(comparison):
+    """What `paired` found, for a table: difference [95 % interval over images], in points."""
+    return "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**comparison)
 
 
 def gain(ours, theirs):

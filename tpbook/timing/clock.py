@@ -62,6 +62,21 @@ def said(ratio):
     return f"{median:.2f}" if low is None else f"{median:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def live(ratio):
+    """What `times` found just now, for a Run page: "1.52 [1.49, 1.55]", or "not measurable here".
+
+    The machine that runs a notebook may have other work. So nothing is said where the interval holds 1, is wider than a
+    third of the median, or is not there. What the book says of speed comes from committed runs.
+
+    Args:
+        ratio: [median, low, high], as `times` gives it.
+    """
+    median, low, high = ratio
+    if low is None or low <= 1 <= high or high - low > median / 3:
+        return "not measurable here"
+    return said(ratio)
+
+
 def peak_memory(call, device="cpu"):
     """The most bytes that a call holds at once, beyond what was held before it; of tensors, in eager mode."""
     device = torch.device(device)

@@ -11,7 +11,7 @@
 //   source.methods(set)       object of the methods that can be asked for; without it those that the set names
 //   source.missing            why others cannot, in the place of the set's words
 //   state                     {kept: [[patch, …] a stage], host: the same or [], top: [[class, p], …], tokens and macs: [a block],
-//                             total, speed: words}
+//                             total, speed: words, of a forward just made}
 window.tpbook ??= {};
 
 {
