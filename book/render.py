@@ -8,6 +8,7 @@ number typed by hand.
 import importlib.metadata
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pandas as pd
 import yaml
 from PIL import Image
 
-from tpbook.book import cost, differences, results
+from tpbook.book import cost, differences, front, plots, results
 
 TOP = Path(__file__).parent.parent
 
@@ -40,7 +41,7 @@ def lay_out(out):
     config = yaml.safe_load((TOP / "_config.yml").read_text())
     found = numbers(written(out))
     parts = [part["differences"] for part in found.values() if "differences" in part]
-    found |= {"status": status(out), "differences": differences.listed(parts)}
+    found |= {"status": status(out), "differences": differences.listed(parts), "front": first_page(site)}
     config["parse"]["myst_substitutions"] = found
     if config["repository"]["url"]:
         config["html"] |= {"use_repository_button": True, "use_issues_button": True}
@@ -78,6 +79,15 @@ def tidy(out):
             shutil.rmtree(path)
 
 
+def first_page(site):
+    """Draws the first page's figure. → what the page says"""
+    rows = front.photographs(TOP / "notebooks/results/deit-ti/family.json")
+    (site / "results").mkdir(parents=True)
+    plots.style()
+    plots.save(front.figure(rows), site / "results", "front-accuracy.svg")
+    return front.numbers(rows) | {"ten": front.ten()}
+
+
 def executed(out):
     """The executed copies of the notebooks that there are."""
     return [out / "notebooks" / path.name for path in sorted((TOP / "notebooks").glob("*.ipynb"))]
@@ -106,7 +116,7 @@ def status(out):
     ran = pd.DataFrame(ran).T.rename_axis("notebook")
     folder = TOP / "notebooks/results"
     committed = {}
-    speed = [f"{path.parent.name}/{path.stem}" for path in sorted(folder.glob("speed*/*.json"))]
+    speed = [f"speed/{path.stem}" for path in sorted((folder / "speed").glob("*.json"))]
     digits = [f"digits/{path.stem}" for path in sorted((folder / "digits").glob("*.json"))]
     for name in (*digits, "cost-and-speed", "loading", "operators", *speed):
         made = json.loads((folder / f"{name}.json").read_text())
@@ -152,6 +162,25 @@ def share_pictures(html):
             page.write_text(text)
 
 
+SEARCH = re.compile(r'<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>\n?')
+ICONS = re.compile(r'<script [^>]*src="[^"]*scripts/fontawesome\.js[^"]*"></script>\n?')
+MATHS = re.compile(r'<script[^>]*>window\.MathJax.*?</script>\n?|<script [^>]*/tex-svg\.js[^"]*"></script>\n?')
+
+
+def lighten(html):
+    """Take out of each page the scripts that it does not use, three quarters of what it would load.
+
+    The theme can search from any page, which is off here; its icons come from a font; MathJax is for equations.
+    """
+    for page in html.rglob("*.html"):
+        text = ICONS.sub("", page.read_text())
+        if page.name != "search.html":
+            text = SEARCH.sub("", text)
+        if page.parent.name != "notebooks" and 'class="math' not in text:
+            text = MATHS.sub("", text)
+        page.write_text(text)
+
+
 def hand_out_notebooks(html):
     """What a page's download button gives is the notebook as it is committed: its outputs are on the page already."""
     for path in (html / "_sources/notebooks").glob("*.ipynb"):
@@ -162,12 +191,13 @@ if __name__ == "__main__":
     site = lay_out(Path(sys.argv[1]).resolve())
     command = [Path(sys.executable).with_name("jupyter-book"), "build", site, "-W", "-n", "--keep-going", "--quiet"]
     code = subprocess.run(command).returncode
-    # for debuggers of the theme, for browsers that know no .woff2 beside it, and its words in other languages
-    for pattern in ("*.map", "*.ttf", "*.mo", "*.po"):
+    # for debuggers of the theme, for browsers that know no .woff2 beside it, other languages, icons that are a font too
+    for pattern in ("*.map", "*.ttf", "*.mo", "*.po", "fontawesome.js*"):
         for path in (site / "_build/html/_static").rglob(pattern):
             path.unlink()
     if code == 0:
         fewer_colours(site / "_build/html")
         share_pictures(site / "_build/html")
+        lighten(site / "_build/html")
         hand_out_notebooks(site / "_build/html")
     sys.exit(code)

@@ -12,6 +12,7 @@ from sphinx.util.nodes import make_refnode
 from sphinx_codeautolink.extension.directive import SkipMarker
 
 CHAPTER = re.compile(r"^Chapter: :doc:`/(.+)`", re.MULTILINE)
+LOOKED_UP = {f"book/{name}" for name in ("api", "bibliography", "glossary", "runs", "status", "welcome")}
 SOURCE = re.compile(r"(?:\.\./)*(tpbook(?:/\w+)+)\.py")
 
 
@@ -83,12 +84,24 @@ def link_names(app, document, docname):
         literal.replace_self(make_refnode(app.builder, docname, *target, literal.deepcopy()))
 
 
+def is_open(node):
+    """Whether a reader sees it without opening a fold."""
+    while node := node.parent:
+        if node.get("design_component") == "dropdown-body":
+            return False
+    return True
+
+
 def minutes(document):
-    """How long a page takes: 200 words of prose a minute; a figure, table, equation or code block a quarter each."""
-    prose = (nodes.paragraph, nodes.term)
-    words = sum(len(node.astext().split()) for node in document.findall(lambda n: isinstance(n, prose)))
-    blocks = (nodes.figure, nodes.table, nodes.math_block, nodes.literal_block)
-    return math.ceil(words / 200 + sum(1 for _ in document.findall(lambda n: isinstance(n, blocks))) / 4)
+    """How long a page takes: 200 words of prose a minute; a figure, table, equation or code block a quarter each.
+
+    What is folded takes no time, and a table is looked at, not read.
+    """
+    prose, blocks = (nodes.paragraph, nodes.term), (nodes.figure, nodes.table, nodes.math_block, nodes.literal_block)
+    shown = [node for node in document.findall(lambda n: isinstance(n, prose + blocks)) if is_open(node)]
+    read = [node for node in shown if isinstance(node, prose) and not isinstance(node.parent, nodes.entry)]
+    words = sum(len(node.astext().split()) for node in read)
+    return math.ceil(words / 200 + sum(isinstance(node, blocks) for node in shown) / 4)
 
 
 BACK = re.compile(r'id="([\w.]+)">(\s*)<a class="viewcode-back" href="([^"]*/([\w-]+)\.html)#[\w.]*"')
@@ -132,7 +145,7 @@ def complete(app, pagename, templatename, context, document):
             for chapter in named
         ]
         line = f"Explained in {' and '.join(chapters)}." if chapters else ""
-    elif document is not None and pagename.startswith("book/"):
+    elif document is not None and pagename.startswith("book/") and pagename not in LOOKED_UP:
         line = f"{minutes(document)} min read"
     else:
         return

@@ -2,6 +2,11 @@
 {
   const root = document.getElementById("explorer");
   const data = JSON.parse(document.getElementById("explorer-data").textContent);
+  // explorer.html?method=etps&ratio=0.5 begins there, on the first pictures that have it
+  const asked = new URLSearchParams(location.search), method = asked.get("method"), ratio = Number(asked.get("ratio"));
+  const set = data.sets.findIndex(({ methods }) => methods[method]);
+  if (set >= 0) Object.assign(data.start, { set, method });
+  if (ratio > 0 && ratio <= 1) data.start.ratio = ratio;
   const explorer = tpbook.explorer(root, data, tpbook.embedded(data));
   const button = document.getElementById("explorer-run"), status = document.getElementById("explorer-status");
   const base = new URL("../_static", location.href).href;
