@@ -23,7 +23,7 @@ pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 
-.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators
+.PHONY: book test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators photographs
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -91,6 +91,10 @@ ablations backbones scratch: $(env)
 pretrained: $(env)
 	$(bin)/python notebooks/matrix.py $@
 
+# the photographs that every edition shows, and what DeiT-Ti makes of them (minutes)
+photographs: $(env)
+	$(bin)/python -m tpbook.book.photographs out=book/photographs hero=book/images/hero.svg
+
 # two faults of the official code of the fast path, in numbers (seconds)
 fast-path: $(env)
 	$(bin)/python notebooks/fast_path.py
@@ -146,6 +150,7 @@ $(call read_by,speed): notebooks/results/operators.json $(wildcard notebooks/res
 $(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where-the-cost-is): $(claims)
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md
+$(call read_by,a-tour-of-keep-ratios explorer tps): $(wildcard book/photographs/*)
 $(call read_by,questions): notebooks/pooling.py $(wildcard tests/fixtures/*)
 $(call read_by,a-count-for-each-image all-together dynamicvit evit hybrid-vits imagenet masked-fine-tuning one-training paper-and-code robustness tps your-own): $(wildcard recipes/*/*.yaml)
 
