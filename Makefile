@@ -23,7 +23,7 @@ javascript := _build/javascript/.ready
 site := $(out)/site/_build/html/index.html
 editions := digits imagenette
 
-.PHONY: book books test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators
+.PHONY: book books test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators photographs
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -93,6 +93,10 @@ ablations backbones scratch: $(env)
 # the methods that need no training, on DeiT-Ti and photographs of $TPBOOK_DATA (half an hour on two cores)
 pretrained: $(env)
 	$(bin)/python notebooks/matrix.py $@
+
+# the photographs that every edition shows, and what DeiT-Ti makes of them (minutes)
+photographs: $(env)
+	$(bin)/python -m tpbook.book.photographs out=book/photographs hero=book/images/hero.svg
 
 # two faults of the official code of the fast path, in numbers (seconds)
 fast-path: $(env)

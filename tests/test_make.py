@@ -81,6 +81,7 @@ CHANGED = [
     "notebooks/results/digits/backbones.json", "notebooks/results/imagewoof-gpu/plain-s0.json",
     "notebooks/results/loading.json", "notebooks/results/operators.json", "notebooks/results/speed-official.csv",
     "notebooks/results/speed-h100/eager-small.json",
+    "notebooks/results/loading.json", "notebooks/results/operators.json", "book/photographs/bee.json",
 ]  # fmt: skip
 
 

@@ -7,10 +7,13 @@
   const set = data.sets.findIndex(({ methods }) => methods[method]);
   if (set >= 0) Object.assign(data.start, { set, method });
   if (ratio > 0 && ratio <= 1) data.start.ratio = ratio;
-  const explorer = tpbook.explorer(root, data, tpbook.embedded(data));
   const button = document.getElementById("explorer-run"), status = document.getElementById("explorer-status");
   const base = new URL("../_static", location.href).href;
   const ratios = Array.from({ length: 96 }, (_, i) => (5 + i) / 100);
+  const carried = tpbook.embedded(data); // of a set whose model is not in this copy of the book nothing else can be asked for
+  const runs = (set) => "onnx" in data.sets[set], able = data.sets.findIndex((_, set) => runs(set));
+  const explorer = tpbook.explorer(root, data, carried);
+  if (!runs(0)) status.textContent += `, of the set “${data.sets[able].name}”; the weights behind the photographs are not part of this copy`;
   const inputs = new Map(); // address of a picture → {tensor, shape}
 
   // a picture as the model wants it; one that the page carries, or that was read, is cropped already
@@ -36,10 +39,13 @@
   }
 
   const here = {
-    ratios,
-    methods: (set) => data.sets[set].onnx.models,
-    missing: "Methods in grey cannot run in this page: they need trained predictors, or keep another number of tokens of every image.",
-    async compute({ set, image, method, ratio }) {
+    ratios: (set) => (runs(set) ? ratios : carried.ratios(set)),
+    methods: (set) => (runs(set) ? data.sets[set].onnx.models : data.sets[set].methods),
+    takes: runs,
+    missing: (set) => runs(set) ? "Methods in grey cannot run in this page: they need trained predictors, or keep another number of tokens of every image." : null,
+    async compute(request) {
+      const { set, image, method, ratio } = request;
+      if (!runs(set)) return carried.compute(request);
       const { images, onnx, shape, at, grid } = data.sets[set];
       const { tensor, shape: size } = await input(images[image].src, onnx.preparation);
       const model = await tpbook.load(base, onnx.models[method], (text) => (status.textContent = `${text} …`));
@@ -63,11 +69,12 @@
     if (button.disabled) return;
     button.disabled = true;
     try {
-      const { set, method } = explorer.request, { models } = data.sets[set].onnx;
+      const { set, method } = explorer.request, { models } = data.sets[runs(set) ? set : able].onnx;
       await tpbook.load(base, models[method] ?? Object.values(models)[0], (text) => (status.textContent = `${text} …`));
       button.hidden = true;
       if (document.activeElement === document.body) root.querySelector("input[type=range]").focus(); // it was on the button
       explorer.use(here);
+      if (!runs(set)) explorer.pick(able, 0);
     } catch (error) {
       status.textContent = error.message;
       button.disabled = false;

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from ..methods import METHODS
 
+GONE = "#8c919a"  # a patch whose token is gone: flat, apart from light and dark pages and from most photographs
+EDGE = "#ffffff"  # the outline of those that are kept
+
 
 class Look(NamedTuple):
     """Of one method, everywhere."""

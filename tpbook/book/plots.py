@@ -10,9 +10,11 @@ import numpy as np
 import seaborn as sns
 import torch
 from IPython.display import Image, display
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 
 from .. import data
-from .looks import LOOKS
+from .looks import EDGE, GONE, LOOKS
 
 COLOURS = {name: look.colour for name, look in LOOKS.items()}
 MARKS = {name: look.mark for name, look in LOOKS.items()}
@@ -81,7 +83,7 @@ def examples(model, profile, chosen=None):
 
 
 def show_kept(ax, image, kept, grid, title=""):
-    """Draw an image with the patches that are gone whitened.
+    """Draw an image, the patches that are gone in a flat grey, those that are kept outlined.
 
     Args:
         ax: matplotlib axes.
@@ -92,8 +94,8 @@ def show_kept(ax, image, kept, grid, title=""):
     """
     alive = np.zeros(grid[0] * grid[1], bool)
     alive[[int(i) for i in kept if i >= 0]] = True
-    alive = _enlarge(alive.reshape(grid), image.shape)
-    ax.imshow(np.where(alive[..., None], image, 0.15 * image + 0.85))
+    ax.imshow(np.where(_enlarge(alive.reshape(grid), image.shape)[..., None], image, to_rgb(GONE)))
+    _outline(ax, alive.reshape(grid), image.shape, 0.9)
     _frame(ax, title)
 
 
@@ -110,19 +112,20 @@ def show_hosts(ax, image, host, grid, title=""):
     for h in np.unique(host):
         flat[groups == h] = image[groups == h].mean(axis=0)
     ax.imshow(flat)
+    _outline(ax, host.reshape(grid), image.shape, 0.6)
     rows, columns = grid
     tall, wide = image.shape[0] / rows, image.shape[1] / columns
-    of = host.reshape(grid)
-    for r in range(rows):
-        for c in range(columns):
-            x, y = c * wide - 0.5, r * tall - 0.5
-            if c and of[r, c] != of[r, c - 1]:
-                ax.plot([x, x], [y, y + tall], color="white", lw=0.6)
-            if r and of[r, c] != of[r - 1, c]:
-                ax.plot([x, x + wide], [y, y], color="white", lw=0.6)
     for h in np.unique(host):  # a dot where the token itself was
         ax.plot((h % columns + 0.5) * wide - 0.5, (h // columns + 0.5) * tall - 0.5, ".", color="#E69F00", ms=3)
     _frame(ax, title)
+
+
+def _outline(ax, of, shape, width):
+    """Lines wherever neighbours in a grid (rows, columns) differ, on an image of a shape (H, W, 3)."""
+    size = np.array([shape[1] / of.shape[1], shape[0] / of.shape[0]])  # of a patch
+    across = [((c + 1, r), (c + 1, r + 1)) for r, c in np.argwhere(of[:, 1:] != of[:, :-1])]
+    down = [((c, r + 1), (c + 1, r + 1)) for r, c in np.argwhere(of[1:] != of[:-1])]
+    ax.add_collection(LineCollection(np.array(across + down).reshape(-1, 2, 2) * size - 0.5, colors=EDGE, lw=width))
 
 
 def _enlarge(patches, shape):

@@ -12,10 +12,10 @@ import torch
 
 from .. import data, flops
 from ..checks import default_at
-from ..engine import is_pruned
+from ..engine import is_pruned, prune, unprune
 from ..families import family_of
 from ..tracing import trace
-from .looks import CHOICES, LOOKS, method_of
+from .looks import CHOICES, EDGE, GONE, LOOKS, method_of
 
 
 def describe(model):
@@ -128,6 +128,70 @@ def _bytes(host):
     return base64.b64encode(host.numpy().astype("u1" if len(host) <= 256 else "<u2").tobytes()).decode()
 
 
+def decode(state, patches):
+    """What `state` packed, unpacked.
+
+    Args:
+        state: of `state`.
+        patches: N.
+
+    Returns:
+        The same dict, `kept` a list of (n_s,) arrays of patches in ascending order, `host` one of (N,) arrays.
+    """
+    masks = [np.unpackbits(np.frombuffer(bytes.fromhex(mask), "u1"))[:patches] for mask in state["kept"]]
+    kind = "u1" if patches <= 256 else "<u2"
+    hosts = [np.frombuffer(base64.b64decode(host), kind).astype(int) for host in state["host"]]
+    return {**state, "kept": [mask.nonzero()[0] for mask in masks], "host": hosts}
+
+
+def models_of(model, trained=()):
+    """Every name in `CHOICES` that a model can be pruned by, and the model pruned so, at ρ = 1.
+
+    Args:
+        model: not pruned, and not pruned after; it is yielded again and again, so one comes after the other.
+        trained: name → a pruned model of its own, for methods with predictors; without one a method is left out.
+    """
+    for name, (method, options) in CHOICES.items():
+        if name in trained:
+            yield name, trained[name]
+        elif not method_of(name).score.learned:
+            prune(model, method, keep_ratio=1.0, **options)
+            try:
+                yield name, model
+            finally:
+                unprune(model)
+
+
+def states_of(model, images, ratios, trained=()):
+    """What every method makes of every image at every keep ratio, and what that costs.
+
+    Args:
+        model, trained: as in `models_of`.
+        images: list of (1, C, H, W).
+        ratios: keep ratios; those that a method cannot go down to give None.
+
+    Returns:
+        dict: method → a list of `cost_of`, one a ratio, empty where the image decides; a dict for each image: method
+        → a list of `state`, one a ratio, with `cost_of` where the image decides.
+    """
+    costs, states = {}, [{} for _ in images]
+    for name, pruned in models_of(model, trained):
+        method, costs[name] = pruned.pruning.method, []
+        for own in states:
+            own[name] = []
+        for ratio in ratios:
+            if ratio < method.reduce.least_ratio:
+                costs[name].append(None)
+                for own in states:
+                    own[name].append(None)
+                continue
+            pruned.keep_ratio = ratio
+            costs[name].append({} if method.chooses.varies else cost_of(pruned))
+            for x, own in zip(images, states):
+                own[name].append(state(pruned, x) | (cost_of(pruned, x) if method.chooses.varies else {}))
+    return costs, states
+
+
 def page(data):
     """HTML of an explorer that needs no kernel, for a page that loads explorer.js and here.js: data → str."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -135,7 +199,7 @@ def page(data):
 
 
 def front(method="evit", keep_ratio=0.7):
-    """The part of an explorer's data that does not depend on model and image: the methods, and where to start."""
+    """The part of an explorer's data that does not depend on model and image: methods, where to start, colours."""
     methods = {}
     for name in CHOICES:
         reduce, look = method_of(name).reduce, LOOKS[name]
@@ -143,4 +207,6 @@ def front(method="evit", keep_ratio=0.7):
             "title": look.title, "colour": look.colour, "gone": reduce.gone, "hosts": reduce.hosts,
             "rejoins": reduce.rejoins, "least_ratio": reduce.least_ratio,
         }  # fmt: skip
-    return {"methods": methods, "start": {"method": method, "ratio": keep_ratio}}
+    return {
+        "methods": methods, "start": {"method": method, "ratio": keep_ratio}, "paint": {"gone": GONE, "edge": EDGE},
+    }  # fmt: skip

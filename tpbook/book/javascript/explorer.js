@@ -4,12 +4,13 @@
 // (tpbook/widgets.py) or a model that runs in the page (book/static/here.js). A classic script, since browsers refuse modules
 // from disk; tpbook/widgets.py makes it the module that Jupyter wants.
 //
-//   source.ratios             the keep ratios that the slider offers
+//   source.ratios(set)        the keep ratios that the slider offers
 //   source.compute(request)   {set, image, method, ratio, at} → Promise of a state
 //   source.upload(file, set)  → Promise of an image; without it there is no file field
+//   source.takes(set)         whether a set takes such a picture; without it every set does
 //   source.blocks             whether the pruned blocks can be chosen
 //   source.methods(set)       object of the methods that can be asked for; without it those that the set names
-//   source.missing            why others cannot, in the place of the set's words
+//   source.missing(set)       why others cannot, in the place of the set's words
 //   state                     {kept: [[patch, …] a stage], host: the same or [], top: [[class, p], …], tokens and macs: [a block],
 //                             total, speed: words, of a forward just made}
 window.tpbook ??= {};
@@ -59,7 +60,7 @@ window.tpbook ??= {};
 
   // what a page carries: nothing else can be asked for. Where an image decides what is kept, its states say what they cost
   tpbook.embedded = (data) => ({
-    ratios: data.ratios,
+    ratios: () => data.ratios,
     compute({ set, image, method, ratio }) {
       const { states, costs, grid } = data.sets[set], at = data.ratios.indexOf(ratio);
       return { ...tpbook.decode(states[image][method][at], grid[0] * grid[1]), ...costs[method]?.[at] };
@@ -90,12 +91,14 @@ window.tpbook ??= {};
   };
 
   tpbook.explorer = function (root, data, source) {
-    const { sets } = data;
+    const { sets, paint } = data;
     let busy = false, again = false, state = null, request = null; // request: what the state answers
     const id = `explorer-${Math.random().toString(36).slice(2, 8)}`;
     const chosen = { set: 0, image: 0, at: sets[0].at, follow: -1, view: "kept", ...data.start };
     const set = () => sets[chosen.set];
     const patches = () => set().grid[0] * set().grid[1];
+    const takes = (s) => source.takes?.(s) !== false;
+    const ratios = () => source.ratios(chosen.set);
     const place = (i) => `row ${Math.floor(i / set().grid[1]) + 1}, column ${(i % set().grid[1]) + 1}`;
 
     // ---- controls
@@ -105,7 +108,7 @@ window.tpbook ??= {};
     const value = h("output", { for: `${id}-ratio` });
     const slider = (name, oninput) => h("input", { type: "range", id: `${id}-${name}`, min: 0, step: 1, value: 0, oninput });
     const limit = h("p", { class: "note" });
-    const ratio = slider("ratio", () => change("ratio", source.ratios[+ratio.value]));
+    const ratio = slider("ratio", () => change("ratio", ratios()[+ratio.value]));
     const radio = (name, value, checked, onchange, more) =>
       h("input", { type: "radio", name: `${id}-${name}`, value, checked, onchange, ...more });
     const view = h("fieldset", { class: "choice view" }, h("legend", {}, "Show"),
@@ -153,19 +156,19 @@ window.tpbook ??= {};
       methods.replaceChildren(h("legend", {}, "Method"), ...Object.entries(data.methods).map(([name, { title }]) =>
         h("label", { class: known[name] ? "" : "off" },
           radio("method", name, name === chosen.method, () => change("method", name), { disabled: !known[name] }), title)));
-      why.textContent = Object.keys(known).length < Object.keys(data.methods).length ? source.missing ?? set().missing : "";
+      why.textContent = Object.keys(known).length < Object.keys(data.methods).length ? source.missing?.(chosen.set) ?? set().missing : "";
       ratio.min = 0;
-      ratio.max = source.ratios.length - 1;
-      const near = source.ratios.map((r) => Math.abs(r - chosen.ratio));
+      ratio.max = ratios().length - 1;
+      const near = ratios().map((r) => Math.abs(r - chosen.ratio));
       ratio.value = near.indexOf(Math.min(...near));
-      chosen.ratio = source.ratios[+ratio.value];
+      chosen.ratio = ratios()[+ratio.value];
       follow.max = patches();
       blocks.hidden = !source.blocks;
       const box = (i) =>
         h("input", { type: "checkbox", value: i, checked: chosen.at.includes(i), onchange: ({ target }) => toggle(i, target) });
       blocks.replaceChildren(h("legend", {}, "Pruned blocks"),
         ...set().dense.tokens.map((_, i) => h("label", {}, box(i), `${i}`)));
-      own.hidden = !source.upload;
+      own.hidden = !source.upload || !takes(chosen.set);
       own.firstChild.textContent = `A picture of your own (${set().name}): `;
     }
 
@@ -188,7 +191,7 @@ window.tpbook ??= {};
 
     async function upload(picture) {
       if (!picture) return;
-      const to = chosen.set;
+      const to = takes(chosen.set) ? chosen.set : sets.findIndex((_, s) => takes(s));
       said.textContent = `Reading ${picture.name} …`;
       file.value = ""; // so that the same file can be chosen again
       try {
@@ -204,8 +207,8 @@ window.tpbook ??= {};
     // the last state stays until the next is there; of moves made meanwhile only the last counts
     async function refresh() {
       const { title, least_ratio: least } = data.methods[chosen.method];
-      ratio.min = source.ratios.findIndex((r) => r >= least); // moves a slider that stands below
-      chosen.ratio = source.ratios[+ratio.value];
+      ratio.min = ratios().findIndex((r) => r >= least); // moves a slider that stands below
+      chosen.ratio = ratios()[+ratio.value];
       limit.hidden = !least;
       limit.textContent = least ? `${title} stops at ρ = ${least.toFixed(2)}: at least that share stays at every stage.` : "";
       value.textContent = chosen.ratio.toFixed(2);
@@ -333,7 +336,8 @@ window.tpbook ??= {};
       change("follow", row * columns + column);
     }
 
-    // the picture with what is gone whitened, half so where it only waits; or each token's patches in their mean colour
+    // the picture with what is gone painted over, half so where it only waits, and the rest outlined; or each token's patches
+    // in their mean colour
     function draw(canvas, drawn, waits, kept, host) {
       const [rows, columns] = set().grid, cell = Math.max(1, Math.round(448 / columns));
       Object.assign(canvas, { width: columns * cell, height: rows * cell });
@@ -342,6 +346,15 @@ window.tpbook ??= {};
       context.imageSmoothingEnabled = drawn.width > canvas.width / 4; // patches of few pixels stay sharp
       context.drawImage(drawn, 0, 0, canvas.width, canvas.height);
       const all = Array.from({ length: rows * columns }, (_, i) => i);
+      // a line wherever neighbours are of different kinds
+      const outline = (kind, width) => {
+        context.fillStyle = paint.edge;
+        for (const i of all) {
+          const [x, y] = square(i), half = width / 2;
+          if (i % columns && kind(i) !== kind(i - 1)) context.fillRect(x - half, y - half, width, cell + width);
+          if (i >= columns && kind(i) !== kind(i - columns)) context.fillRect(x - half, y - half, cell + width, width);
+        }
+      };
       if (host) {
         const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data, sums = new Map();
         for (let y = 0; y < canvas.height; y++) for (let x = 0; x < canvas.width; x++) {
@@ -355,12 +368,7 @@ window.tpbook ??= {};
           context.fillStyle = `rgb(${r / n}, ${g / n}, ${b / n})`;
           context.fillRect(...square(i));
         }
-        context.fillStyle = "white";
-        for (const i of all) {
-          const [x, y] = square(i);
-          if (i % columns && host[i] !== host[i - 1]) context.fillRect(x - 1, y, 2, cell);
-          if (i >= columns && host[i] !== host[i - columns]) context.fillRect(x, y - 1, cell, 2);
-        }
+        outline((i) => host[i], 2);
         for (const token of sums.keys()) {
           const [x, y] = square(token);
           context.beginPath();
@@ -369,8 +377,11 @@ window.tpbook ??= {};
           context.fill();
         }
       } else if (kept) {
-        context.fillStyle = `rgba(255, 255, 255, ${waits ? 0.55 : 0.85})`;
+        context.fillStyle = paint.gone;
+        context.globalAlpha = waits ? 0.65 : 1;
         for (const i of all) if (!kept.has(i)) context.fillRect(...square(i));
+        context.globalAlpha = 1;
+        outline((i) => kept.has(i), 4);
       }
       if (chosen.follow >= 0) {
         const group = host ? all.filter((i) => host[i] === host[chosen.follow]) : [chosen.follow];
@@ -387,6 +398,7 @@ window.tpbook ??= {};
       get request() { return request; },
       get busy() { return busy; },
       upload,
+      pick,
       use(other) {
         source = other;
         controls();

@@ -22,7 +22,7 @@ export default {
     model.on("msg:custom", settle);
     el.addEventListener("keydown", (event) => event.key.startsWith("Arrow") && event.stopPropagation()); // they would move to another cell
     window.tpbook.explorer(el, data, {
-      ratios: data.ratios,
+      ratios: () => data.ratios,
       blocks: true,
       compute: async ({ image, method, ratio, at }) =>
         window.tpbook.decode(await ask({ kind: "state", image: images[image].number, method, ratio, at }), grid[0] * grid[1]),
