@@ -142,7 +142,8 @@ $(call read_by,masked-fine-tuning ledger): $(scratch)
 $(call read_by,your-own): notebooks/results/loading.json
 $(call read_by,robustness speed ledger): $(costs)
 $(call read_by,paper-and-code): notebooks/results/fast-path.json
-$(call read_by,speed): notebooks/results/operators.json $(wildcard notebooks/results/speed/*.json)
+$(call read_by,speed): notebooks/results/operators.json
+$(call read_by,dynamicvit evit speed tps): $(wildcard notebooks/results/speed/*.json)
 $(call read_by,cost-and-speed hybrid-vits imagenet ledger lv-vit questions where-the-cost-is): $(claims)
 $(call read_by,ledger): book/ledger.csv $(wildcard notebooks/results/imagenet/*.json)
 $(call read_by,imagenet): book/imagenet.md

@@ -34,30 +34,31 @@ SEED = 7  # of the draw of masked fine-tuning: it hides the head
 
 def evit(x, query):
     """EViT at ρ = ½. x: (8, 4) tokens, query: (4,) of the class token. → a (8,), kept (4,), left (5, 4)."""
-    keys = torch.cat([torch.zeros(1, 4), x])  # the class token's own key is zero here
-    a = (keys @ query / 4**0.5).softmax(dim=0)[1:]  # score: its attention to the eight
+    keys = torch.cat([torch.zeros(1, 4), x])  # the class token's own is zero
+    a = (keys @ query / 4**0.5).softmax(dim=0)[1:]  # score: its attention
     order = a.argsort(descending=True)
     kept, others = order[:4].sort().values, order[4:]  # choose: the best four
-    fused = a[others] @ x[others]  # fuse: a sum of the others, by their score
+    fused = a[others] @ x[others]  # fuse: the sum of the others, by score
     left = torch.cat([x[kept], fused[None]])
     return a, kept, left
 
 
 def etps(x, a):
     """eTPS at ρ = ½. x: (8, 4) tokens, a: (8,) scores. → kept (4,), pruned (4,), host (4,), left (4, 4)."""
-    order = a.argsort(descending=True)
-    kept, pruned = order[:4].sort().values, order[4:].sort().values  # choose, as EViT
+    order = a.argsort(descending=True)  # score and choose: as EViT
+    kept, pruned = order[:4].sort().values, order[4:].sort().values
     unit = F.normalize(x, dim=1)
-    c, host = (unit[pruned] @ unit[kept].T).max(dim=1)  # match: who of the kept is most like it
-    weight = F.one_hot(host, 4).T * c.exp()  # squeeze: row j has e^c for each guest of j
-    left = (math.e * x[kept] + weight @ x[pruned]) / (math.e + weight.sum(dim=1, keepdim=True))
+    c, host = (unit[pruned] @ unit[kept].T).max(dim=1)  # match: most similar
+    weight = F.one_hot(host, 4).T * c.exp()  # row j: e^c for each guest of j
+    total = math.e + weight.sum(dim=1, keepdim=True)
+    left = (math.e * x[kept] + weight @ x[pruned]) / total  # squeeze
     return kept, pruned, kept[host], left
 
 
 def dynamicvit(x, w1, w2, w3, w4):
     """DynamicViT at ρ = ½, when tested. x: (8, 4) tokens, and four weights. → p (8,), kept (4,), left (4, 4)."""
     u = F.gelu(F.layer_norm(x, (4,)) @ w1.T)  # (8, 4)
-    local, everyone = u[:, :2], u[:, 2:].mean(dim=0)  # the token, and the mean of all of them
+    local, everyone = u[:, :2], u[:, 2:].mean(dim=0)  # its own, all tokens'
     z = torch.cat([local, everyone.expand(8, 2)], dim=1)
     z = F.gelu(F.gelu(z @ w2.T) @ w3.T)
     p = (z @ w4.T).softmax(dim=1)[:, 0]  # score: the odds of keeping it
@@ -68,19 +69,20 @@ def dynamicvit(x, w1, w2, w3, w4):
 
 def tome(x):
     """ToMe with r = 3. x: (8, 4) tokens, all of size 1. → w (4,), go (3,), host (3,), left (5, 4)."""
-    a, b = torch.arange(1, 8, 2), torch.arange(0, 8, 2)  # every other one; the class token stands before the first
+    a, b = torch.arange(1, 8, 2), torch.arange(0, 8, 2)  # every other one
     unit = F.normalize(x, dim=1)  # the keys: here the tokens themselves
-    w, partner = (unit[a] @ unit[b].T).max(dim=1)  # score: how like its most similar one
-    go = w.topk(3).indices  # choose: the three most similar pairs
-    stay = torch.tensor([i for i in range(4) if i not in go])
+    w, partner = (unit[a] @ unit[b].T).max(dim=1)  # score: most similar key
+    go, stay = w.topk(3).indices, w.topk(1, largest=False).indices  # choose
     size = torch.ones(4).index_add(0, partner[go], torch.ones(3))
-    merged = x[b].index_add(0, partner[go], x[a[go]]) / size[:, None]  # merge: the mean of a group
-    return w, a[go], b[partner[go]], torch.cat([x[a[stay]], merged])
+    merged = x[b].index_add(0, partner[go], x[a[go]]) / size[:, None]  # mean
+    left = torch.cat([x[a[stay]], merged])
+    return w, a[go], b[partner[go]], left
 
 
 def masked(x, seed):
     """Masked fine-tuning, r = 3/8. x: (8, 4) tokens, their positions in them. → visible (5,), left (5, 4)."""
-    noise = torch.randn(8, generator=torch.Generator().manual_seed(seed))  # no score: chance
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(8, generator=generator)  # no score: chance
     visible = noise.argsort()[:5]  # ⌊(1 − r)·8⌋ of them
     left = x[visible]  # the other three are not there
     return visible, left
