@@ -169,7 +169,8 @@ def forest(groups, label="percentage points"):
     for y, (heading, line) in enumerate(lines):
         colour, found = _of(groups[heading])
         if line is None:
-            ax.text(0.01, y, heading, transform=ax.get_yaxis_transform(), va="center", size=10, weight="bold")
+            box = {"fc": "white", "ec": "none", "pad": 1}  # over the line at zero
+            ax.text(0.01, y, heading, transform=ax.get_yaxis_transform(), va="center", size=10, weight="bold", bbox=box)
         else:
             said = found[line]
             error = [[said["difference"] - said["low"]], [said["high"] - said["difference"]]]
