@@ -178,7 +178,7 @@ def test_a_diagram_shows_what_the_package_does(monkeypatch):
         assert {word: words.count(word) for word in gone} == gone
         bars = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_y() == 7.1]
         assert len(bars) + words.count("∞") == 8 and (words.count("∞") == 4) is (method == "tome")
-        assert all(text.get_size() * 358 / 374 > 9 for text in axes.texts if text.get_text()), "too small on a phone"
+        assert all(text.get_size() * 342 / 389 > 9 for text in axes.texts if text.get_text()), "too small on a phone"
         plt.close(figure)
 
 

@@ -23,7 +23,7 @@ TOKENS = example.X  # (8, 4)
 ROW = example.evit(TOKENS, example.QUERY)[0]  # (8,), the attention of the class token, which has the rest
 VISIBLE = example.masked(TOKENS, example.SEED)[0].sort().values  # (5,)
 TALL = 0.9  # of the bar of the highest score
-SIZE = 10.5  # of the words; on a phone 1 point is 0.95 pixels
+SIZE = 10.5  # of words and numbers; on a phone, where a column has 342 pixels, 1 point is 0.88
 MASKED = "no score: chance, anew for each image", "5 of 8 are visible", "the others are hidden: not there"
 
 
@@ -66,7 +66,7 @@ def stage(method, dark=False):
             else:
                 ax.add_patch(Rectangle((i + 0.85, 7.1), 0.5, tall, color=colour, alpha=1 if i in kept else 0.35))
                 word = "?" if how.score.drawn else f"{score:.2f}".replace("-", "−")
-                ax.text(i + 1.1, 6.65, word, ha="center", size=10)
+                ax.text(i + 1.1, 6.65, word, ha="center")
         ax.text(-0.6, 6.0, say[1])
         _row(ax, 5.05, range(8), TOKENS, ink, faint=others.tolist(), outline=(kept.tolist(), colour))
         places = kept.tolist() + [8] * how.reduce.adds
@@ -75,7 +75,7 @@ def stage(method, dark=False):
         ax.text(-0.6, 1.1, say[2])
         if how.reduce.rejoins:
             for i in others.tolist():
-                ax.text(i + 1.1, 3.55, how.reduce.gone, ha="center", va="center", size=10, rotation=90, color=colour)
+                ax.text(i + 1.1, 3.55, how.reduce.gone, ha="center", va="center", rotation=90, color=colour)
             return figure
         ends = host[others].tolist() if how.reduce.hosts else [8] * len(others) * how.reduce.adds
         for i, end in zip(others.tolist(), ends):
@@ -146,7 +146,7 @@ def _place(ax, before, colour, ink, word):
 def _row(ax, y, places, tokens, ink, faint=(), outline=((), None), names=None):
     """The class token and patch tokens, 0.7 high, at the places they have in the image."""
     circle = {"boxstyle": "circle,pad=0.2", "fc": "none", "ec": ink}
-    ax.text(-0.15, y + 0.33, "cls", ha="center", va="center", size=10, bbox=circle)
+    ax.text(-0.15, y + 0.33, "cls", ha="center", va="center", bbox=circle)
     for i, rgb, name in zip(places, tokens[:, :3].clamp(0, 1).tolist(), names or range(8)):
         alpha = 0.2 if i in faint else 1
         ax.add_patch(Rectangle((i + 0.75, y), 0.7, 0.7, fc=(*rgb, alpha), ec="none"))
@@ -159,6 +159,6 @@ def _row(ax, y, places, tokens, ink, faint=(), outline=((), None), names=None):
 def _numbers(ax, y, places, tokens, channels):
     """A line for each channel, a column for each token."""
     for c, channel in enumerate(channels):
-        ax.text(-0.75, y - 0.38 * c, channel, va="center", size=10)
+        ax.text(-0.75, y - 0.38 * c, channel, va="center")
         for i, value in zip(places, tokens[:, c].tolist()):
-            ax.text(i + 1.1, y - 0.38 * c, f"{value:.2f}", ha="center", va="center", size=10)
+            ax.text(i + 1.1, y - 0.38 * c, f"{value:.2f}", ha="center", va="center")
