@@ -152,9 +152,23 @@ def complete(app, pagename, templatename, context, document):
     context["body"] = context["body"].replace("</h1>", f'</h1>\n<p class="under-title">{line}</p>', 1)
 
 
+def in_the_dark(app, document):
+    """A drawing that has a variant for dark pages beside it, `NAME-dark.svg`: both, of which book.css shows one."""
+    here = Path(app.env.doc2path(app.env.docname)).parent
+    for image in list(document.findall(nodes.image)):
+        dark = re.sub(r"\.svg$", "-dark.svg", image["uri"])
+        if dark != image["uri"] and (here / dark).exists():
+            other = image.deepcopy()
+            other["uri"] = dark
+            image["classes"] += ["dark-light", "in-light"]  # the theme lays no white ground under dark-light
+            other["classes"] += ["dark-light", "in-dark"]
+            image.parent.insert(image.parent.index(image) + 1, other)
+
+
 def setup(app):
     app.add_directive("literalinclude", Include, override=True)
     app.connect("env-updated", add_sources)
+    app.connect("doctree-read", in_the_dark, priority=400)  # before Sphinx copies what a page shows
     app.connect("doctree-read", name_shown, priority=600)  # after viewcode
     app.connect("doctree-resolved", link_names)
     app.connect("html-page-context", complete)

@@ -1,101 +1,115 @@
 """One pruning stage as a picture: score, choose, and what becomes of the others. Needs matplotlib.
 
-Eight tokens whose three channels are their colour go through the method's own reduction, so the colours below the line
-are what it makes of those above it.
+The eight tokens of `tpbook.book.example`, of which three channels are their colour, go through the method's own
+reduction, so the colours and numbers below are what it makes of those above.
 
 Chapter: :doc:`/book/notation`
 """
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from ..methods import METHODS, token_counts
 from ..methods.choosing import TopK
+from ..methods.dynamicvit import Predictor
 from ..methods.parts import Call, Place
 from ..tokens import Heard, Tokens
+from . import example
 from .plots import COLOURS
 
-# (8, 3): sky, sky, bird, bird, sky, grass, grass, sky
-TOKENS = torch.tensor(
-    [[0.55, 0.78, 0.95], [0.60, 0.80, 0.95], [0.85, 0.45, 0.15], [0.80, 0.40, 0.20],
-     [0.55, 0.78, 0.95], [0.35, 0.65, 0.30], [0.40, 0.70, 0.35], [0.50, 0.75, 0.92]]
-)  # fmt: skip
-SCORES = torch.tensor([0.10, 0.05, 0.24, 0.30, 0.04, 0.12, 0.06, 0.03])  # of attention; the class token has the rest
-TALL = 1.32  # of the bar of the highest score
-MASKED = "no score: chance, anew for each image", "4 of 8 are visible", "the others are hidden: not there"
+TOKENS = example.X  # (8, 4)
+ROW = example.evit(TOKENS, example.QUERY)[0]  # (8,), the attention of the class token, which has the rest
+VISIBLE = example.masked(TOKENS, example.SEED)[0].sort().values  # (5,)
+TALL = 0.9  # of the bar of the highest score
+SIZE = 10.5  # of words and numbers; on a phone, where a column has 342 pixels, 1 point is 0.88
+MASKED = "no score: chance, anew for each image", "5 of 8 are visible", "the others are hidden: not there"
 
 
-def stage(method):
+def stage(method, dark=False):
     """Draw one stage at ρ = 0.5; at 0.7 where a method cannot go so low, at 1 where the image decides how many stay.
 
     Args:
         method: a name in `METHODS`, or "masked" for masked fine-tuning, which hides before block 0 as `random` drops.
+        dark: whether for a dark page.
 
     Returns:
-        A matplotlib figure, as wide as a phone.
+        A matplotlib figure, as wide as a phone, without a ground.
     """
     masked = method == "masked"
     how, colour = METHODS["random" if masked else method], COLOURS.get(method, COLOURS["random"])
+    ink, colour = ("#e8e8e8", [0.6 * c + 0.4 for c in to_rgb(colour)]) if dark else ("#222222", to_rgb(colour))
     counted = how.chooses.counted
     ratio = 1 if how.chooses.varies and counted else 0.7 if how.reduce.least_ratio else 0.5
     call, kept, others = choice(how, ratio)
+    if masked:
+        kept, others = VISIBLE, torch.tensor([i for i in range(8) if i not in VISIBLE])
     after, host = reduced(how, torch.cat([kept, others]), len(kept), call)
     known = f": {how.chooses.words}" if how.chooses.words else ""
     line = f"keep {len(kept)} of 8, ρ = {ratio}{known}" if counted else f"{how.chooses.words}, here {len(kept)} of 8"
     say = MASKED if masked else (how.score.words, line, how.reduce.words)
 
-    figure, ax = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    ax.set(xlim=(-0.7, 9.7), ylim=(-0.9, 8.5), aspect="equal")
-    ax.axis("off")
-    _place(ax, how.place is Place.BEFORE, colour, "in training only, before block 0" if masked else "here")
-    _row(ax, 5.6, range(8), TOKENS)
-    ax.text(-0.45, 4.9, say[0], fontsize=10)
-    for i, tall in enumerate(_heights(call.scores[0])):
-        if tall is None:
-            ax.text(i + 1.1, 3.45, "∞", ha="center", fontsize=11, color=colour)
-        else:
-            ax.add_patch(Rectangle((i + 0.85, 3.35), 0.5, tall, color=colour, alpha=1 if i in kept else 0.35))
-    ax.text(-0.45, 2.75, say[1], fontsize=10)
-    _row(ax, 1.9, range(8), TOKENS, faint=others.tolist(), outline=(kept.tolist(), colour))
-    ax.text(-0.45, -0.75, say[2], fontsize=10)
-    places = kept.tolist() + [8] * how.reduce.adds
-    _row(ax, 0.2, places, after, outline=(places, colour), names=[*(kept + 1).tolist(), "Σ"])
-    if how.reduce.rejoins:
-        for i in others.tolist():
-            ax.text(i + 1.1, 0.54, how.reduce.gone, ha="center", va="center", fontsize=7, color=colour)
-        return figure
-    ends = host[others].tolist() if how.reduce.hosts else [8] * len(others) * how.reduce.adds
-    for i, end in zip(others.tolist(), ends):
-        ax.annotate("", (end + 1.1, 0.95), (i + 1.1, 1.8), arrowprops={"arrowstyle": "->", "color": colour, "lw": 1.3})
-    if not ends:
-        for i in others.tolist():
-            ax.text(i + 1.1, 0.5, "×", ha="center", va="center", fontsize=15, color=colour)
+    with plt.rc_context({"text.color": ink, "font.size": SIZE}):
+        figure = plt.figure(figsize=(5.2, 6.1))
+        figure.patch.set_alpha(0)
+        ax = figure.add_axes((0, 0, 1, 1), xlim=(-0.8, 9.6), ylim=(1.0, 13.2), aspect="equal")
+        ax.axis("off")
+        _place(ax, how.place is Place.BEFORE, colour, ink, "in training only, before block 0" if masked else "here")
+        _row(ax, 10.45, range(8), TOKENS, ink)
+        _numbers(ax, 10.2, range(8), TOKENS, example.CHANNELS)
+        ax.text(-0.6, 8.3, say[0])
+        shown = call.scores[0].exp() if isinstance(how.score, Predictor) else call.scores[0]
+        for i, (score, tall) in enumerate(zip(shown.tolist(), _heights(shown))):
+            if tall is None:
+                ax.text(i + 1.1, 7.0, "∞", ha="center", size=14, color=colour)
+            else:
+                ax.add_patch(Rectangle((i + 0.85, 7.1), 0.5, tall, color=colour, alpha=1 if i in kept else 0.35))
+                word = "?" if how.score.drawn else f"{score:.2f}".replace("-", "−")
+                ax.text(i + 1.1, 6.65, word, ha="center")
+        ax.text(-0.6, 6.0, say[1])
+        _row(ax, 5.05, range(8), TOKENS, ink, faint=others.tolist(), outline=(kept.tolist(), colour))
+        places = kept.tolist() + [8] * how.reduce.adds
+        _row(ax, 3.2, places, after, ink, outline=(places, colour), names=[*kept.tolist(), "Σ"])
+        _numbers(ax, 2.95, places, after, example.CHANNELS)
+        ax.text(-0.6, 1.1, say[2])
+        if how.reduce.rejoins:
+            for i in others.tolist():
+                ax.text(i + 1.1, 3.55, how.reduce.gone, ha="center", va="center", rotation=90, color=colour)
+            return figure
+        ends = host[others].tolist() if how.reduce.hosts else [8] * len(others) * how.reduce.adds
+        for i, end in zip(others.tolist(), ends):
+            look = {"arrowstyle": "->", "color": colour, "lw": 1.5}
+            ax.annotate("", (end + 1.1, 3.95), (i + 1.1, 5.0), arrowprops=look)
+        if not ends:
+            for i in others.tolist():
+                ax.text(i + 1.1, 3.5, "×", ha="center", va="center", size=16, color=colour)
     return figure
 
 
 def choice(method, ratio):
-    """Which of `TOKENS` a method keeps where the attention to them is `SCORES`, and keys and values are their colours.
+    """Which of `TOKENS` a method keeps where the attention to them is `ROW`, and keys and values are the tokens.
 
     Returns:
         The `Call` of the stage with its scores, and the tokens that are kept and the others, each in their order: (k,),
-        (8 − k,). Of what is drawn or learned the scores are made up.
+        (8 − k,). A score predictor is that of the example; what is drawn or learned otherwise is made up.
     """
-    x = torch.cat([torch.zeros(1, 3), TOKENS]).unsqueeze(0)  # (1, 9, 3), the class token first
+    x = torch.cat([torch.zeros(1, 4), TOKENS]).unsqueeze(0)  # (1, 9, 4), the class token first
     every = torch.arange(8).unsqueeze(0)
-    row = torch.cat([1 - SCORES.sum(dim=0, keepdim=True), SCORES]).unsqueeze(0)
+    row = torch.cat([1 - ROW.sum(dim=0, keepdim=True), ROW]).unsqueeze(0)
     tokens = Tokens(x, (), every, every, heard=Heard(row, x, x.norm(dim=2)))
     score = method.score
     if score.lasting:
         tokens = score.follow(tokens, 1)
-    call = Call(tokens, x[:, 1:], prefix=1, stage=0, predictor=None, grid=(1, 8), seed=None, skip=0, score=score)
-    learned = score.learned or not method.chooses.counted
-    call = call if learned else call._replace(found=score.find(call))
+    predictor = example.predictor() if isinstance(score, Predictor) else None
+    call = Call(tokens, x[:, 1:], prefix=1, stage=0, predictor=predictor, grid=(1, 8), seed=None, skip=0, score=score)
+    made_up = score.learned and predictor is None or not method.chooses.counted
+    call = call if made_up else call._replace(found=score.find(call))
     [(_, keep, _)] = token_counts(8, [ratio], method)
     if score.drawn:
         return call._replace(scores=torch.full((1, 8), 1 / 8)), torch.tensor([1, 3, 4, 6]), torch.tensor([0, 2, 5, 7])
-    call = call._replace(scores=SCORES.unsqueeze(0) if learned else score(call))
-    chooses = method.chooses if method.chooses.counted else TopK()  # a threshold between those of SCORES
+    call = call._replace(scores=ROW.unsqueeze(0) if made_up else score(call))
+    chooses = method.chooses if method.chooses.counted else TopK()  # a threshold between those of ROW
     chosen = chooses(call, keep, lambda scores, k, others=False: scores.topk(8 if others else k).indices, True)
     kept = chosen.order[0, : chosen.kept].sort().values
     return call, kept, torch.tensor([i for i in range(8) if i not in kept])
@@ -105,7 +119,7 @@ def reduced(method, order, kept, call):
     """What a method makes of `TOKENS`, those to keep first in `order` (8,).
 
     Returns:
-        (kept + `adds`, 3) tokens, and (8,) the token that carries each.
+        (kept + `adds`, 4) tokens, and (8,) the token that carries each.
     """
     left = method.reduce(call.tokens, order.unsqueeze(0), kept, call)
     return left.x[0, 1:], left.host[0]
@@ -118,25 +132,33 @@ def _heights(scores):
     return [TALL * float((s - low) / (finite.max() - low)) if s.isfinite() else None for s in scores]
 
 
-def _place(ax, before, colour, word):
+def _place(ax, before, colour, ink, word):
     """The block, and where in it the stage stands."""
     for left, name in ((1.2, "attention"), (5.3, "MLP")):
-        ax.add_patch(FancyBboxPatch((left, 7.1), 2.6, 0.9, boxstyle="round,pad=0.05", fc="none", ec="#777777"))
-        ax.text(left + 1.3, 7.55, name, ha="center", va="center", fontsize=10)
+        ax.add_patch(FancyBboxPatch((left, 11.75), 2.6, 0.7, boxstyle="round,pad=0.05", fc="none", ec=ink))
+        ax.text(left + 1.3, 12.08, name, ha="center", va="center")
     at = 0.35 if before else 4.6
-    ax.plot([-0.6, 9.0], [7.55, 7.55], color="#777777", lw=1, zorder=0, ls=":")
-    ax.plot([at, at], [6.95, 8.15], color=colour, lw=4)
-    ax.text(at, 8.25, word, ha="center" if word == "here" else "left", fontsize=10, color=colour)
+    ax.plot([-0.6, 9.0], [12.1, 12.1], color=ink, lw=1, zorder=0, ls=":")
+    ax.plot([at, at], [11.6, 12.6], color=colour, lw=4)
+    ax.text(at, 12.75, word, ha="center" if word == "here" else "left")
 
 
-def _row(ax, y, places, colours, faint=(), outline=((), None), names=None):
+def _row(ax, y, places, tokens, ink, faint=(), outline=((), None), names=None):
     """The class token and patch tokens, 0.7 high, at the places they have in the image."""
-    circle = {"boxstyle": "circle,pad=0.25", "fc": "none", "ec": "#777777"}
-    ax.text(-0.05, y + 0.33, "cls", ha="center", va="center", fontsize=9, bbox=circle)
-    for i, rgb, name in zip(places, colours.clamp(0, 1).tolist(), names or range(1, 9)):
-        alpha = 0.25 if i in faint else 1
+    circle = {"boxstyle": "circle,pad=0.2", "fc": "none", "ec": ink}
+    ax.text(-0.15, y + 0.33, "cls", ha="center", va="center", bbox=circle)
+    for i, rgb, name in zip(places, tokens[:, :3].clamp(0, 1).tolist(), names or range(8)):
+        alpha = 0.2 if i in faint else 1
         ax.add_patch(Rectangle((i + 0.75, y), 0.7, 0.7, fc=(*rgb, alpha), ec="none"))
         if i in outline[0]:
-            ax.add_patch(Rectangle((i + 0.75, y), 0.7, 0.7, fc="none", ec=outline[1], lw=2))
-        ink = {"color": "black" if sum(rgb) > 1 else "white", "alpha": 0.5 if i in faint else 1}
-        ax.text(i + 1.1, y + 0.34, str(name), ha="center", va="center", fontsize=9, **ink)
+            ax.add_patch(Rectangle((i + 0.75, y), 0.7, 0.7, fc="none", ec=outline[1], lw=2.5))
+        within = ink if i in faint else "black" if sum(rgb) > 1 else "white"
+        ax.text(i + 1.1, y + 0.34, str(name), ha="center", va="center", color=within)
+
+
+def _numbers(ax, y, places, tokens, channels):
+    """A line for each channel, a column for each token."""
+    for c, channel in enumerate(channels):
+        ax.text(-0.75, y - 0.38 * c, channel, va="center")
+        for i, value in zip(places, tokens[:, c].tolist()):
+            ax.text(i + 1.1, y - 0.38 * c, f"{value:.2f}", ha="center", va="center")

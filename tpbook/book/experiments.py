@@ -9,12 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 
 from .. import data, flops
 from ..engine import prune, unprune
-from ..masking import mask, unmask
 from ..tracing import trace
 from ..training import recipes
 from ..weights import DIGITS, load_backbone
@@ -130,36 +127,6 @@ def class_tokens(model, images, batch=100):
             hook.remove()
     depth = len(model.blocks)
     return torch.stack([torch.cat(seen[i::depth]) for i in range(depth)])
-
-
-def step_time(model, images, labels, mask_ratio=0.0):
-    """Seconds of a training step, median: forward, backward, AdamW; bfloat16 autocast on the CPU, explicit attention.
-
-    Args:
-        model: a timm ViT, which is trained on, and in train mode after; its attention stays explicit.
-        images, labels: one batch, (B, C, H, W) and (B,) int64.
-        mask_ratio: share of patches hidden.
-    """
-    model.train()
-    for block in model.blocks:
-        block.attn.fused_attn = False
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    if mask_ratio:
-        mask(model, mask_ratio)
-    step()
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    took = timer.blocked_autorange(min_run_time=1).median
-    if mask_ratio:
-        unmask(model)
-    return took
 
 
 def pruned(model, method, keep_ratio=0.7, **options):

@@ -10,6 +10,11 @@ from .results import correct, paired, percent, points
 
 
 def table(rows, methods, beside="topk"):
+    """The lines of `compared`, for a page."""
+    return [line for line, _ in compared(rows, methods, beside)]
+
+
+def compared(rows, methods, beside="topk"):
     """Some methods out of a `family.json`, each against one other method at the cost nearest to its own.
 
     Args:
@@ -19,8 +24,8 @@ def table(rows, methods, beside="topk"):
         beside: the other's name. Only rows of the same data, start and training are set beside each other.
 
     Returns:
-        list of dicts, one for every method, setting, start and data: MACs, top-1 with its 95 % interval, and the
-        difference to the other, with the other's MACs.
+        list of pairs, one for every method, setting, start and data: a dict with MACs, top-1 with its 95 % interval,
+        and the difference to the other, with the other's MACs; and what `results.paired` found, None without another.
     """
     cells = {}
     for row in sorted(rows, key=lambda row: str(row.get("seed"))):
@@ -33,14 +38,14 @@ def table(rows, methods, beside="topk"):
             title = LOOKS[name].title if name in LOOKS else LOOKS[method].title
             line = {"method": title, "setting": how, "data": data, "start": start}
             line |= {"trained": "yes" if trained else "no", "MACs, 10⁶": f"{_macs(mine):.0f}"}
-            line["top-1, %"] = percent(_right(mine))
+            line["top-1, %"], pair = percent(_right(mine)), None
             others = [other for cell, other in cells.items() if cell[0] == beside and cell[2] == where]
             if others and method != beside:
                 other = min(others, key=lambda other: abs(_macs(other) - _macs(mine)))
                 ours, theirs = _right(mine), _right(other)
                 pair = paired(ours, theirs if len(theirs) == len(ours) else theirs[:1])
                 line[f"− {LOOKS[beside].title}"] = f"{points(pair)} (at {_macs(other):.0f})"
-            lines.append({key: value for key, value in line.items() if value is not None})
+            lines.append(({key: value for key, value in line.items() if value is not None}, pair))
     return lines
 
 

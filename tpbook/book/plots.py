@@ -157,6 +157,39 @@ def intervals(ax, x, said, what, **look):
     ax.errorbar(x, y, error, **{"ms": 5, "lw": 1.2, "capsize": 2, **look})
 
 
+def forest(groups, label="percentage points"):
+    """Draw differences with their intervals, one a line, on either side of none.
+
+    Args:
+        groups: heading → line → what `results.paired` found; or heading → (colour, that dict).
+        label: of the axis.
+
+    Returns:
+        A matplotlib figure, as wide as a phone.
+    """
+    lines = [(heading, line) for heading in groups for line in (None, *_of(groups[heading])[1])]
+    fig, ax = plt.subplots(figsize=(5, 0.6 + 0.25 * len(lines)), layout="constrained")
+    for y, (heading, line) in enumerate(lines):
+        colour, found = _of(groups[heading])
+        if line is None:
+            box = {"fc": "white", "ec": "none", "pad": 1}  # over the line at zero
+            ax.text(0.01, y, heading, transform=ax.get_yaxis_transform(), va="center", size=10, weight="bold", bbox=box)
+        else:
+            said = found[line]
+            error = [[said["difference"] - said["low"]], [said["high"] - said["difference"]]]
+            ax.errorbar(said["difference"], y, xerr=error, color=colour, marker="o", ms=5, lw=1.4, capsize=2)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set(ylim=(len(lines) - 0.4, -0.6), xlabel=label, yticks=range(len(lines)))
+    ax.set_yticklabels([line or "" for _, line in lines], size=10)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(False, axis="y")
+    return fig
+
+
+def _of(group):
+    return group if isinstance(group, tuple) else ("black", group)
+
+
 def figure(rows, columns, size=2.0):
     """A grid of square axes, `size` inches each. → figure, (rows, columns) array of axes."""
     return plt.subplots(rows, columns, figsize=(size * columns, size * rows * 1.1), squeeze=False, layout="constrained")

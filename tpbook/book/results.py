@@ -169,6 +169,12 @@ def interval(comparison):
     return "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**comparison)
 
 
+def seen(comparison):
+    """What `paired` found, for a sentence: "+3.2 [+1.1, +5.3] points", and that it may be chance where it may."""
+    said = "{difference:+.1f} [{low:+.1f}, {high:+.1f}] points".format(**comparison)
+    return said if comparison["low"] > 0 or comparison["high"] < 0 else f"{said}, not seen here"
+
+
 def gain(ours, theirs):
     """What `paired` finds, for a table: difference in points, [95 % interval over images], p-value."""
     said = paired(ours, theirs)
