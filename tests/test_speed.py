@@ -86,11 +86,11 @@ def test_where_pruning_pays_in_words(write):
     assert speed.reading(table) == (
         "eager, none of 2 at batch 1 (0.55 to 0.60 ×), 1 of 2 at batch 8 (1.00 to 1.20 ×), "
         "all 2 at batch 256 (1.50 ×); "
-        "CUDA graphs, none of 1 at batch 1 (0.90 ×)"
+        "compiled, in a CUDA graph, none of 1 at batch 1 (0.90 ×)"
     )  # fmt: skip
     assert list(speed.pays(table, ["mode", "batch"]).slower) == [2, 0, 0, 1]
     assert speed.threshold(table.assign(gmacs=4.6 * table.batch)) == (
-        "eager, none is faster up to 4.6 GMACs, all are from 1,178 on; CUDA graphs, none is faster up to 4.6 GMACs"
+        "eager, none is faster up to 4.6 GMACs, all are from 1,178 on; compiled, in a CUDA graph, none is faster up to 4.6 GMACs"
     )
     assert speed.ranges(table, ["device", "mode"], "times_dense") == "GPU, eager 0.55 to 1.50; GPU, graphs 0.90"
 

@@ -13,7 +13,8 @@ from ..timing.clock import said
 from .looks import LOOKS
 
 RATIOS = ("times_dense", "efficiency", "times_eager", "times_explicit", "times_parts")
-MODES = {"eager": "eager", "compiled": "compiled", "graphs": "CUDA graphs"}
+MODES = {"eager": "eager", "captured": "eager, in a CUDA graph", "compiled": "compiled"}
+MODES |= {"graphs": "compiled, in a CUDA graph"}
 WIDTHS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 FAMILIES = {"dinov2": "DINOv2", "dinov3": "DINOv3", "deit3": "DeiT-III", "deit": "DeiT", "vit": "ViT"}
 BEFORE = "859bd366e4a1"
