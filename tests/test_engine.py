@@ -2,6 +2,7 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import timm
@@ -14,6 +15,8 @@ import tpbook
 from tpbook.attention import AttentionMask
 from tpbook.keep_mask import masked_attention
 from tpbook.methods import METHODS
+from tpbook.methods.evit import Fuse
+from tpbook.methods.tps import Squeeze, cosine
 from tpbook.training.setup import fast_attention
 
 LEARNED = ("dynamicvit", "dtps")
@@ -422,3 +425,17 @@ def test_a_subclass_with_a_forward_of_its_own(images):
     assert pruned.isfinite().all() and [kept.shape[1] for kept in t.kept] == [19, 11, 7]
     tpbook.unprune(model)
     assert torch.equal(model(x), logits) and list(model.state_dict()) == keys
+
+
+def test_a_part_stays_as_it_was_registered(small, monkeypatch):
+    """Options change it, and nothing else does: neither what it was made with nor its class."""
+
+    class Own(Fuse):
+        pass
+
+    for reduce in (Squeeze("euclidean"), Own()):
+        method = replace(METHODS["etps"], reduce=reduce)
+        monkeypatch.setitem(METHODS, "own", method)
+        assert tpbook.prune(small(), "own").pruning.method.reduce is reduce
+    monkeypatch.setitem(METHODS, "own", replace(method, reduce=Squeeze("euclidean")))
+    assert tpbook.prune(small(), "own", similarity="cosine").pruning.method.reduce.similarity is cosine

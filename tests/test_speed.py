@@ -90,7 +90,8 @@ def test_where_pruning_pays_in_words(write):
     )  # fmt: skip
     assert list(speed.pays(table, ["mode", "batch"]).slower) == [2, 0, 0, 1]
     assert speed.threshold(table.assign(gmacs=4.6 * table.batch)) == (
-        "eager, none is faster up to 4.6 GMACs, all are from 1,178 on; compiled, in a CUDA graph, none is faster up to 4.6 GMACs"
+        "eager, none is faster up to 4.6 GMACs, all are from 1,178 on; "
+        "compiled, in a CUDA graph, none is faster up to 4.6 GMACs"
     )
     assert speed.ranges(table, ["device", "mode"], "times_dense") == "GPU, eager 0.55 to 1.50; GPU, graphs 0.90"
 

@@ -128,7 +128,8 @@ def _check(family, model, blocks, name, keep_ratio, at, keep, r, options):
         if option not in allowed:
             raise TypeError(f"option {option!r} is not known to {name}, which takes {', '.join(sorted(allowed))}")
     score, reduce = (
-        part.configure(**{key: options[key] for key in part.options if key in options}) for part in (score, reduce)
+        part.configure(**given) if (given := {key: options[key] for key in part.options if key in options}) else part
+        for part in (score, reduce)
     )
     check_flag("invert", options.get("invert", False))
     check_seed(options.get("seed"))
