@@ -1,7 +1,9 @@
 """tpbook.bench: what it times, what it says, what it writes; and that nothing stops a compiler."""
 
+import functools
 import json
 import time
+from itertools import product
 
 import pytest
 import timm
@@ -147,6 +149,15 @@ def test_rows_of_a_run(tmp_path, capsys):
     assert "a stage 5 operators, " in said and said.count(" × tokens") == 8
     assert written["plan"]["rounds"] == 7 and written["run"]["threads"] == torch.get_num_threads()
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
+
+
+def test_what_compiling_takes(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plan = bench.Plan(model=TINY, method="evit", mode=("eager", "compiled"), batch=2, keep_ratio=0.5, rounds=2)
+    rows = bench.run(plan)
+    assert [(row["mode"], row["method"]) for row in rows] == list(product(("eager", "compiled"), ("dense", "evit")))
+    assert ["compile_seconds" in row for row in rows] == [False, False, True, True]
+    assert all(1e3 * row["compile_seconds"] > row["ms"] and "times_eager" in row for row in rows[2:])
 
 
 def test_rows_of_training(capsys):

@@ -136,7 +136,8 @@ def run(plan, say=print, keep=None):
         ρ): "ms" (median), "images_per_second", "memory_mb" (eager), and as `times` gives them "times_dense",
         "efficiency", "times_eager", and of the dense model "times_explicit", fused against explicit attention;
         "attention", the bound's; "operators", "bytes" and "times_tokens" of a stage, as `a_stage` gives them (eager);
-        "times_parts" of training steps that distil; "load", the machine's load average before.
+        "times_parts" of training steps that distil; "compile_seconds", those of a compiled model's first call; "load",
+        the machine's load average before.
 
     Raises:
         ValueError, TypeError: a method, ρ or image size that the model cannot have.

@@ -36,12 +36,16 @@ def forwards(plan, dense, images, ratio, shared):
             models[mode, method, attention] = _with_attention(sliced(pruned[method]), attention)
     calls = {key: _call(key[0], model, images) for key, model in models.items()}
 
+    compiling = {key: call for key, call in calls.items() if key[0] in ("compiled", "graphs")}
+    first = interleaved(compiling, rounds=1, warmup=0, device=plan.device)
     load = os.getloadavg()[0]
     seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
     rows = []
     for mode, method in product(modes, ("dense", *pruned)):
         own = seconds[mode, method]
         row = _row(plan, shared, mode, method, ratio, own, load)
+        if (mode, method) in first:
+            row["compile_seconds"] = first[mode, method].item()
         if method != "dense":
             row["times_dense"] = times(own, seconds[mode, "dense"])
         elif mode in bounded:
