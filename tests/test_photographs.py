@@ -109,8 +109,8 @@ def test_deit_says_so():
 @pytest.mark.slow
 @pytest.mark.skipif(not (weights_there and images_there), reason="needs TPBOOK_DATA and TPBOOK_WEIGHTS")
 def test_one_command_makes_them(tmp_path, monkeypatch):
-    """The same files, here with two keep ratios and two photographs."""
-    monkeypatch.setattr(photographs, "RATIOS", [0.5, 1.0])
+    """The same files, here with three keep ratios and two photographs."""
+    monkeypatch.setattr(photographs, "RATIOS", [0.5, 0.7, 1.0])
     monkeypatch.setattr(photographs, "CHOSEN", dict(list(photographs.CHOSEN.items())[:2]))
     photographs.main([f"out={tmp_path / 'made'}", f"hero={tmp_path / 'hero.svg'}"])
     again = photographs.read(tmp_path / "made")
