@@ -12,6 +12,7 @@ import torch
 
 from .. import data, flops
 from ..engine import prune, unprune
+from ..masking import mask, unmask
 from ..tracing import trace
 from ..training import recipes
 from ..weights import DIGITS, load_backbone
@@ -210,3 +211,13 @@ def at_cost(model, method, macs, **options):
         found[ratio] = flops.closed_form(model).total
     unprune(model)
     return min(found, key=lambda ratio: abs(found[ratio] - macs))
+
+
+def whole_and_half(model, measure, seed):
+    """What `measure(model)` gives with all patches, and with the same random half of them hidden."""
+    whole = measure(model)
+    mask(model, 0.5, when="always", seed=seed)
+    try:
+        return whole, measure(model)
+    finally:
+        unmask(model)

@@ -215,6 +215,11 @@ def short(rows, column, by):
     return _named(wide).reset_index()
 
 
+def page(table):
+    """A table for the chapter, in Markdown; short names of the types fit a phone."""
+    return table.replace({"float32": "fp32", "bfloat16": "bf16"}).to_markdown(index=False, disable_numparse=True)
+
+
 def _named(wide):
     return (
         wide[[m for m in LOOKS if m in wide]].rename(columns={m: look.title for m, look in LOOKS.items()}).fillna("–")
