@@ -5,6 +5,9 @@ The numbers that the notebooks wrote become MyST substitutions, so a page says `
 number typed by hand.
 """
 
+import base64
+import functools
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -167,10 +170,15 @@ ICONS = re.compile(r'<script [^>]*src="[^"]*scripts/fontawesome\.js[^"]*"></scri
 MATHS = re.compile(r'<script[^>]*>window\.MathJax.*?</script>\n?|<script [^>]*/tex-svg\.js[^"]*"></script>\n?')
 
 
+PLAIN = re.compile(r'<span class="(?:n|p|w)">([^<]*)</span>')  # names, punctuation, space: coloured as all code is
+PICTURES = re.compile(r"data:image/(jpeg|png);base64,([A-Za-z0-9+/=]{2000,})")
+
+
 def lighten(html):
     """Take out of each page the scripts that it does not use, three quarters of what it would load.
 
-    The theme can search from any page, which is off here; its icons come from a font; MathJax is for equations.
+    The theme can search from any page, which is off here; its icons come from a font; MathJax is for equations. Code
+    loses marks that have no colour of their own, and pictures that several pages carry are files.
     """
     for page in html.rglob("*.html"):
         text = ICONS.sub("", page.read_text())
@@ -178,7 +186,17 @@ def lighten(html):
             text = SEARCH.sub("", text)
         if page.parent.name != "notebooks" and 'class="math' not in text:
             text = MATHS.sub("", text)
+        text = PLAIN.sub(r"\1", text)
+        if page.name != "explorer.html":  # whose pictures are read by the models in it, which no file may be from disk
+            text = PICTURES.sub(functools.partial(as_file, page, html), text)
         page.write_text(text)
+
+
+def as_file(page, html, found):
+    """A picture that a page carries as text, once as a file for all pages. → its address from there"""
+    name = f"{hashlib.sha256(found[2].encode()).hexdigest()[:16]}.{found[1]}"
+    (html / "_images" / name).write_bytes(base64.b64decode(found[2]))
+    return "../" * (len(page.relative_to(html).parts) - 1) + f"_images/{name}"
 
 
 def hand_out_notebooks(html):

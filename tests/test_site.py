@@ -110,7 +110,7 @@ def test_every_picture_has_words(page):
 def test_weight(site):
     """Beside what the explorer loads at a press of its button."""
     files = [path for path in site.rglob("*") if path.is_file() and path.parent.name not in ("onnxruntime", "models")]
-    assert sum(path.stat().st_size for path in files) < 30e6  # photographs, dark drawings and listings are most of it
+    assert sum(path.stat().st_size for path in files) < 25e6
 
 
 @built
