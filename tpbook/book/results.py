@@ -86,10 +86,10 @@ def paired(ours, theirs):
         ours, theirs: (seeds, n) arrays, 1 where an image is classified right; row by row the same seed.
 
     Returns:
-        dict in percentage points: "difference" of the mean accuracies, "spread", its standard deviation over seeds (None
-        of one seed), and "low", "high", "p", the 95 % interval and p-value of a t-test over images on their mean over
-        seeds; and "side", 1 where ours is ahead and −1 where it is behind: the interval excludes zero and every seed
-        agrees. Else 0.
+        dict in percentage points: "difference" of the mean accuracies, "spread", its standard deviation over seeds
+        (None of one seed), and "low", "high", "p", the 95 % interval and p-value of a t-test over images on their mean
+        over seeds; and "side", 1 where ours is ahead and −1 where it is behind: the interval excludes zero and every
+        seed agrees. Else 0.
     """
     gain = 100 * (np.asarray(ours, float) - np.asarray(theirs, float))  # (seeds, n)
     by_seed, by_image = gain.mean(axis=1), gain.mean(axis=0)
