@@ -125,11 +125,17 @@ WIDE = """() => {
 }"""
 
 
-def serious(page):
-    """What axe-core finds that shuts somebody out: rule → the elements."""
+# the rules of axe-core that find other elements in the dark than in the light: of colours, and of drawings for either
+DARK = ["color-contrast", "link-in-text-block", "link-name", "image-alt", "svg-img-alt", "role-img-alt", "object-alt"]
+DARK += ["nested-interactive"]
+
+
+def serious(page, rules=None):
+    """What axe-core finds that shuts somebody out: rule → the elements. `rules`: these alone, else all."""
     if not page.evaluate("Boolean(window.axe)"):
         page.evaluate(AXE.read_text())
-    found = page.evaluate("axe.run(document, {resultTypes: ['violations'], preload: false})")["violations"]
+    options = {"resultTypes": ["violations"], "preload": False} | ({"runOnly": rules} if rules else {})
+    found = page.evaluate("options => axe.run(document, options)", options)["violations"]
     return {
         violation["id"]: [node["html"][:150] for node in violation["nodes"]][:4]
         for violation in found
@@ -146,27 +152,50 @@ def chromium():
         browser.close()
 
 
+def attend(page):
+    """The page, which notes in `page.wrong` what goes wrong from now on, and in `page.asked` what it loads."""
+    page.wrong, page.asked = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("requestfailed", lambda request: page.wrong.append(f"failed: {request.url}"))
+    return page
+
+
+def rest(page, address):
+    """The page, gone to the address, loaded and at rest."""
+    page.goto(address)
+    page.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)")
+    page.wait_for_function("[...document.images].every(image => image.complete)")
+    return page
+
+
 @pytest.fixture
 def visit(chromium):
-    """address, width → the page, loaded and at rest; `page.wrong` is what went wrong, `page.asked` what it loaded."""
+    """address, width → the page, loaded and at rest, in a window of its own, which remembers nothing."""
     contexts = []
 
     def visit(address, width=1280):
         offline = urlsplit(address).scheme == "file"
-        size = {"width": width, "height": 900}
-        context = chromium.new_context(viewport=size, offline=offline)
-        contexts.append(context)
-        page = context.new_page()
-        page.wrong, page.asked = [], []
-        page.on("request", lambda request: page.asked.append(request.url))
-        page.on("console", lambda message: page.wrong.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: page.wrong.append(str(error)))
-        page.on("requestfailed", lambda request: page.wrong.append(f"failed: {request.url}"))
-        page.goto(address)
-        page.wait_for_function("!window.MathJax || !MathJax.startup || MathJax.startup.promise.then(() => true)")
-        page.wait_for_function("[...document.images].every(image => image.complete)")
-        return page
+        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}, offline=offline))
+        return rest(attend(contexts[-1].new_page()), address)
 
     yield visit
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="session")
+def turn(chromium):
+    """address → the page, for who only looks at it: all in one window, since a new one costs more than most pages."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    page = attend(context.new_page())
+
+    def turn(address):
+        page.wrong.clear(), page.asked.clear()
+        page.emulate_media(color_scheme="light")
+        page.set_viewport_size({"width": 1280, "height": 900})
+        return rest(page, address)
+
+    yield turn
+    context.close()
