@@ -117,7 +117,10 @@ def same_hosts_and_cost(state, model, t, x):
 
 
 def carried_by(page):
-    return json.loads(page.locator("#explorer-data").text_content())
+    """What the page carries, which is some MB: read once."""
+    if not hasattr(page, "carried"):
+        page.carried = json.loads(page.locator("#explorer-data").text_content())
+    return page.carried
 
 
 @browser_needed

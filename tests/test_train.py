@@ -209,23 +209,36 @@ def test_masked_from_a_run_and_from_a_file(tmp_path):
 # ------------------------------------------------------------------------------------- stopped, damaged, misused, full
 
 
-SLOWLY = {"train_images": 200, "epochs": 2, "seed": 3, "mixup": 0.8, "log_every": 1, **LEARNED}
+SLOWLY = {"train_images": 100, "epochs": 2, "seed": 3, "mixup": 0.8, "log_every": 1, **LEARNED}
+
+
+def words(out, **keys):
+    """The command line of a small training."""
+    pairs = {"epochs": 1, "mask_ratio": 0, "precision": "fp32", **TINY, **keys}
+    return [str(TOP / "recipes/digits/masked.yaml"), f"out={out}", *(f"{k}={v}" for k, v in pairs.items())]
 
 
 def start(out, *args, **keys):
-    pairs = [f"{k}={v}" for k, v in {**TINY, **keys}.items()]
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", *args, "-m", "tpbook.train", TOP / "recipes/digits/masked.yaml", f"out={out}",
-         "epochs=1", "mask_ratio=0", "precision=fp32", *pairs],
+        [sys.executable, "-W", "ignore", *args, "-m", "tpbook.train", *words(out, **keys)],
         cwd=TOP, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
 
 
+@pytest.fixture
+def one_thread():
+    """As the processes of `start` have it: sums of several threads differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_killed_in_an_epoch_it_ends_the_same(tmp_path):
-    whole = start(tmp_path / "whole", **SLOWLY)
-    assert whole.wait() == 0, whole.stderr.read()
+def test_killed_in_an_epoch_it_ends_the_same(tmp_path, one_thread):
+    """The killed run is a process of its own; the whole one and the one that goes on need none."""
+    train.main(words(tmp_path / "whole", **SLOWLY))
     killed = start(tmp_path / "killed", **SLOWLY)
     log, until = tmp_path / "killed" / "metrics.jsonl", time.time() + 300
     while time.time() < until and killed.poll() is None:
@@ -236,8 +249,7 @@ def test_killed_in_an_epoch_it_ends_the_same(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert (tmp_path / "killed" / "epoch-0001").is_dir() and not (tmp_path / "killed" / "result.json").exists()
-    again = start(tmp_path / "killed", **SLOWLY)
-    assert again.wait() == 0, again.stderr.read()
+    train.main(words(tmp_path / "killed", **SLOWLY))
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     lines = [
         [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in
@@ -246,30 +258,31 @@ def test_killed_in_an_epoch_it_ends_the_same(tmp_path):
     assert lines[0] == lines[1]
 
 
+def stop(folder, **keys):
+    """Run a recipe that stops after its first epoch of two, in a folder."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        go(folder, epochs=2, eval_every=1, **keys)
+    assert [p.name for p in sorted(folder.iterdir())] == ["epoch-0001", "metrics.jsonl"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    return stop(tmp_path_factory.mktemp("stopped") / "run")
+
+
 @pytest.fixture
-def stop(tmp_path, monkeypatch):
-    """Runs a recipe that stops after its first epoch of two → its folder."""
-
-    def run(**keys):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-            go(tmp_path / "run", epochs=2, eval_every=1, **keys)
-        assert [p.name for p in sorted((tmp_path / "run").iterdir())] == ["epoch-0001", "metrics.jsonl"]
-        return tmp_path / "run"
-
-    return run
-
-
-@pytest.fixture
-def stopped(stop):
-    return stop()
+def stopped(stopped_once, tmp_path):
+    """A run that stopped after its first epoch of two → its folder."""
+    return shutil.copytree(stopped_once, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     "keys", [{"mask_ratio": [0.2, 0.8], "ema": 0.9, "accumulate": 2}, {"method": "dtps", "keep_ratio": 0.3}]
 )
-def test_goes_on(stop, tmp_path, keys):
-    stopped = stop(**keys)
+def test_goes_on(tmp_path, keys):
+    stopped = stop(tmp_path / "run", **keys)
     first, whole = go(stopped, epochs=2, eval_every=1, **keys), go(tmp_path / "whole", epochs=2, **keys)
     assert same(weights(stopped), weights(tmp_path / "whole"))
     assert first.get("ema_correct") == whole.get("ema_correct")
@@ -297,8 +310,9 @@ def test_damaged(stopped, what):
         victim.unlink()
     with pytest.raises(ValueError, match=r"epoch-0001 is damaged.*remove it"):
         go(stopped, epochs=2)
-    shutil.rmtree(folder)
-    assert go(stopped, epochs=2)["images_seen"] == 80
+    if what == "gone":  # without the folder there is no damage, whatever it was
+        shutil.rmtree(folder)
+        assert go(stopped, epochs=2)["images_seen"] == 80
 
 
 def test_full_disk(stopped):
@@ -506,14 +520,13 @@ def test_repeated_augmentation_sees_fewer_images_more_often(photographs):
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does(tmp_path):
+def test_two_processes_end_where_one_does(tmp_path, one_thread):
     """On CPUs torchrun starts the processes (`accelerate launch` would want MPI); gloo joins them.
 
     Same images a step, so the same weights but for rounding.
     """
-    one = start(tmp_path / "one", epochs=2)
+    train.main(words(tmp_path / "one", epochs=2))
     two = start(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", epochs=2)
-    assert one.wait() == 0, one.stderr.read()
     assert two.wait() == 0, two.stderr.read()
     result = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two")]
     assert [r["processes"] for r in result] == [1, 2]
