@@ -36,7 +36,7 @@ tell() { printf '%s\0' "$TPBOOK_DATA" "$@"; printf '\036'; }
 accelerate() { tell accelerate "$@"; }
 python() { tell python "$@"; }
 """
-SMALL = {"max_steps": "2", "batch": "2", "accumulate": "1", "workers": "0"}
+SMALL = {"max_steps": "2", "batch": "4", "accumulate": "1", "workers": "0"}
 
 
 def page():
@@ -62,6 +62,7 @@ class Command:
         self.changes = dict(pair.split("=", 1) for pair in pairs)
         self.name = self.changes["out"].removeprefix(f"{HOME}/runs/")
 
+    @functools.cache  # noqa: B019
     def read(self):
         return read(TOP / self.recipe, **{k: yaml.safe_load(v) for k, v in self.changes.items() if k != "out"})
 
@@ -255,7 +256,7 @@ def arguments(command, home):
 @every
 def test_dry_run(command, dry, reader):
     result, recipe = dry(command), command.read()
-    assert result["images_seen"] == 4 and result["num_classes"] == 1000 and result["accuracy"]["n"] == 5
+    assert result["images_seen"] == 8 and result["num_classes"] == 1000 and result["accuracy"]["n"] == 5
     assert ("ema_accuracy" in result) == bool(recipe.ema)
     for key in ("model", "method", "keep_ratio", "at", "teacher", "mask_ratio", "epochs", "options"):
         want = getattr(recipe, key)
