@@ -115,6 +115,9 @@ _build/needs.mk: notebooks/needs.py $(notebooks) $(package) $(shell find noteboo
 	@mkdir -p $(@D)
 	@$(PYTHON) $< > $@
 
+# all in the order in which they begin
+ordered = $(longest:%=notebooks/%.ipynb) $(filter-out $(longest:%=notebooks/%.ipynb),$(notebooks))
+
 ifeq ($(filter-out book books serve _build/%,$(or $(MAKECMDGOALS),book)),)
 include _build/needs.mk
 
@@ -126,25 +129,20 @@ $(copies): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
 	cp -R _build/digits/results/$* _build/imagenette/results
 	cp $< $@
 
-# JOBS notebooks run at a time and share the cores; those that measure time run after them, alone, on all cores
+# JOBS notebooks run at a time and share the cores, the longest first; those that measure time have all cores, and cells
+# that do wait until they are alone (notebooks/turns.py)
 JOBS ?= 2
 MAKEFLAGS += --jobs=$(JOBS)
 threads := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))")
-ran := $(filter-out $(copies),$(foreach edition,$(if $(filter books,$(MAKECMDGOALS)),$(editions),$(PROFILE)),$(notebooks:%=_build/$(edition)/%)))
-ifeq ($(filter _build/%,$(MAKECMDGOALS)),)
-ran := $(sort $(ran) $(alike:%=_build/digits/notebooks/%.ipynb))
-last := $(foreach name,$(timed),$(filter %/$(name).ipynb,$(ran)))
-before := $(filter-out $(last),$(ran))
-$(foreach notebook,$(last),$(eval $(notebook): | $(before))$(eval before += $(notebook)))
-endif
+ran := $(filter-out $(copies),$(foreach edition,$(if $(filter books,$(MAKECMDGOALS)),$(editions),$(PROFILE)),$(ordered:%=_build/$(edition)/%)))
 endif
 
 # what a notebook writes is in a folder of its name, and goes with it
 define rules
 _build/$(1)/notebooks/%.ipynb: notebooks/%.ipynb $(env)
 	rm -rf _build/$(1)/results/$$*
-	$$(if $$(filter $$*,$$(timed)),,OMP_NUM_THREADS=$$(threads) )$(bin)/python notebooks/run.py $$< $$@ profile=$(1) out=../_build/$(1)/results/$$*
-_build/$(1)/site/_build/html/index.html: $(notebooks:%=_build/$(1)/%) $(pages) $(package) $(javascript) $(env) | $(ran)
+	TOGETHER=$$$$PPID $$(if $$(filter $$*,$$(timed)),,OMP_NUM_THREADS=$$(threads) )$(bin)/python notebooks/run.py $$< $$@ profile=$(1) out=../_build/$(1)/results/$$*
+_build/$(1)/site/_build/html/index.html: $(ordered:%=_build/$(1)/%) $(pages) $(package) $(javascript) $(env) | $(ran)
 	$(bin)/python book/render.py _build/$(1)
 	touch $$@
 endef

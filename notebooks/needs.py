@@ -1,10 +1,11 @@
 """What each notebook depends on, for make: `python notebooks/needs.py > _build/needs.mk`. Needs nothing but Python.
 
 A notebook is run again when a file of this repository changed that it imports, at any depth, or that its cells name:
-paths in them are literals, from the notebooks' folder, and what an f-string puts in may be anything. Two lists besides:
+paths in them are literals, from the notebooks' folder, and what an f-string puts in may be anything. Three lists besides:
 
 - `alike`, the notebooks that do nothing with `profile` but begin and write it down: they run once for all editions;
-- `timed`, those that measure time, and therefore run alone.
+- `timed`, those that measure time: they have all cores, and run alone while they do;
+- `longest`, those that begin first, so that in the end no core waits for one of them.
 """
 
 import ast
@@ -25,19 +26,31 @@ WITH = {
     r"\bledger\.ledger\(": ["book/claims.csv", "book/ledger.csv", *(f"notebooks/results/{name}" for name in SETS)],
     r"/recipes/|/imagenet\.md": ["recipes/*/*.yaml"],
 }
+LONGEST = (  # minutes; in which order is a matter of time alone
+    "tps", "masked-fine-tuning", "a-tour-of-places", "evit", "a-tour-of-keep-ratios", "dynamicvit", "robustness", "imagenet",
+    "hybrid-vits", "speed", "spatial-maps", "all-together", "explorer", "when-tokens-can-go", "lv-vit", "questions-blocks",
+)  # fmt: skip
 TIMED = r"\b(Timer|bench|perf_counter|interleaved|step_time)\b"
+
+
+def cells(notebook):
+    """The code cells of a notebook, each with its source: list of (dict, str)."""
+    read = json.loads(notebook.read_text("utf-8"))["cells"]
+    return [(cell, "".join(cell["source"])) for cell in read if cell["cell_type"] == "code"]
+
+
+def plain(source):
+    """A source without commands of Jupyter."""
+    return re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.MULTILINE)
 
 
 def code(notebook):
     """The source of the code cells of a notebook, and the values of its parameters: str, dict."""
-    cells = [cell for cell in json.loads(notebook.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
-    sources = ["".join(cell["source"]) for cell in cells]
-    given = {}
-    for cell, source in zip(cells, sources):
+    sources, given = cells(notebook), {}
+    for cell, source in sources:
         if "parameters" in cell["metadata"].get("tags", []):
             exec(source, given)
-    text = re.sub(r"^(\s*)[%!].*", r"\1pass", "\n".join(sources), flags=re.MULTILINE)  # commands of Jupyter
-    return text, given
+    return plain("\n".join(source for _, source in sources)), given
 
 
 def parsed(text):
@@ -158,9 +171,24 @@ def is_alike(notebook):
     return not any(isinstance(n, ast.Name) and n.id == "profile" and id(n) not in free for n in ast.walk(tree))
 
 
+def clocked(notebook):
+    """Which cells measure time, by a function of an earlier cell too: source → bool."""
+    pattern, found = TIMED, {}
+    for _, source in cells(notebook):
+        found[source] = False
+        for node in parsed(plain(source)).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)) or not re.search(pattern, ast.unparse(node)):
+                continue
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):  # measures when it is called
+                pattern += rf"|\b{node.name}\b"
+            else:
+                found[source] = True
+    return found
+
+
 def is_timed(notebook):
     """Whether a notebook measures time."""
-    return re.search(TIMED, code(notebook)[0]) is not None
+    return any(clocked(notebook).values())
 
 
 def rules(top):
@@ -170,6 +198,7 @@ def rules(top):
         f"{name} := {' '.join(path.stem for path in notebooks if holds(path))}"
         for name, holds in (("alike", is_alike), ("timed", is_timed))
     ]
+    lines.append(f"longest := {' '.join(LONGEST)}")
     for path in notebooks:
         editions = EDITIONS[:1] if is_alike(path) else EDITIONS
         targets = " ".join(f"_build/{edition}/notebooks/{path.name}" for edition in editions)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 sys.path.insert(0, str(TOP / "notebooks"))
 import needs  # noqa: E402
+import turns  # noqa: E402
 
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -214,20 +216,111 @@ def orders(top, *arguments):
     return [(edition, name or "site", threads or "all") for threads, name, edition in found]
 
 
-def test_notebooks_share_the_cores_and_what_measures_time_runs_last_and_alone(made):
+def test_notebooks_share_the_cores_and_the_longest_begin_first(made):
     done = orders(made, "PROFILE=digits", "book", "JOBS=2")
     timed = {path.stem for path in NOTEBOOKS if needs.is_timed(path)}
     assert {name for _, name, threads in done if threads == "all"} == timed | {"site"} and "speed" in timed
-    assert all(threads == "all" for _, _, threads in done[-len(timed) - 1 :]) and done[-1][1] == "site"
     assert {threads for *_, threads in done} == {"all", str(max(1, os.cpu_count() // 2))}
-    said = subprocess.run(
-        ["make", "-n", "-p", "TPBOOK_DATA=/nowhere", "PROFILE=digits", "book"], cwd=made, capture_output=True, text=True
-    ).stdout  # fmt: skip
-    for name in timed:  # which waits for all that measure nothing
-        [waits] = re.findall(rf"^_build/digits/notebooks/{name}\.ipynb:[^|\n]*\| (.*)$", said, flags=re.MULTILINE)
-        assert {f"_build/digits/notebooks/{path.name}" for path in NOTEBOOKS if path.stem not in timed} <= set(
-            waits.split()
-        )
+    names = [name for _, name, _ in done]
+    assert names[: len(needs.LONGEST)] == [*needs.LONGEST] and names[-1] == "site"
+    assert sorted(names[:-1]) == sorted(path.stem for path in NOTEBOOKS)
+
+
+@pytest.mark.parametrize(
+    "cells, clocked",
+    [
+        (["from tpbook import bench", "x = 1"], [False, False]),
+        (["from tpbook import bench", "bench.run(plan)", "print(2)"], [False, True, False]),
+        (["def took(f):\n    return bench.run(f)", "x = 1", "%time\ny = [took(n) for n in x]"], [False, False, True]),
+        (["def a(f):\n    return Timer(f)", "def b(f):\n    return a(f)\n\n\nb(1)"], [False, True]),
+    ],
+)  # fmt: skip
+def test_which_cells_measure_time(tmp_path, cells, clocked):
+    (tmp_path / "notebooks").mkdir()
+    path = notebook(tmp_path, "it", *cells)
+    assert list(needs.clocked(path).values()) == [False, *clocked] and needs.is_timed(path) is any(clocked)
+
+
+def test_a_cell_that_measures_time_has_the_cores_alone(tmp_path):
+    """Others share; who wants to be alone waits for them, and who comes after waits for it."""
+    first, second, alone, late = (turns.Turns(tmp_path) for _ in range(4))
+    got = []
+
+    def take(one, name, **how):
+        def wait():
+            one.take(**how)
+            got.append(name)
+
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        thread.join(0.3)
+        return thread
+
+    first.take(alone=False)
+    second.take(alone=False)
+    waiting = take(alone, "alone", alone=True)
+    after = take(late, "late", alone=False)
+    os.close(second.lock)  # as its process ends
+    assert got == []
+    again = take(first, "first", alone=False)  # its next cell
+    waiting.join(5)
+    assert got == ["alone"]
+    alone.take(alone=False)
+    for thread in (after, again):
+        thread.join(5)
+    assert sorted(got) == ["alone", "first", "late"]
+
+
+SEES = """
+import json, os, sys
+from pathlib import Path
+seen = {"torch": "torch" in sys.modules, "tpbook": "tpbook" in sys.modules, "word": os.environ.get("WORD")}
+seen |= {"at": os.getcwd(), "pid": os.getpid(), "parent": os.getppid(), "here": sys.path}
+Path(out).write_text(json.dumps(seen))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
+def test_notebooks_of_one_make_have_kernels_that_know_the_libraries(tmp_path):
+    """Each a process of its own, with the environment of who asks; they end with make, and so does what forks them."""
+    (tmp_path / "notebooks").mkdir()
+    for name in ("run.py", "needs.py", "turns.py", "warm.py"):
+        shutil.copy(TOP / "notebooks" / name, tmp_path / "notebooks")
+    for name, cells in {
+        "one": [SEES],
+        "two": [SEES],
+        "clock": ["class bench:\n    run = print\n\n\nbench.run()", SEES],
+    }.items():
+        path = notebook(tmp_path, name, *cells, parameters='out: str = ""')
+        it = nbformat.read(path, as_version=4)
+        it.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(it, path)
+    make, seen = subprocess.Popen(["sleep", "600"]), {}
+    try:
+        for name in ("one", "two", "clock"):
+            command = [
+                sys.executable,
+                "notebooks/run.py",
+                f"notebooks/{name}.ipynb",
+                f"{name}.ipynb",
+                f"out={tmp_path / name}.json",
+            ]
+            env = {**os.environ, "TOGETHER": str(make.pid), "WORD": name, "PYTHONPATH": "/some/folder"}
+            ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+            assert ran.returncode == 0 and "no warm kernel" not in ran.stderr, ran.stderr
+            seen[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        for name, it in seen.items():
+            assert it["torch"] is (name != "clock") and not it["tpbook"]  # what measures time starts cold
+            assert it["word"] == name and it["at"] == str(tmp_path / "notebooks") and "/some/folder" in it["here"]
+        assert seen["one"]["parent"] == seen["two"]["parent"] != seen["clock"]["parent"]
+        assert len({it["pid"] for it in seen.values()}) == 3
+    finally:
+        make.kill()
+        make.wait()
+    gone = time.monotonic() + 30
+    while Path(f"/proc/{seen['one']['parent']}").exists() and time.monotonic() < gone:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{seen['one']['parent']}").exists() and not [*(tmp_path / "_build").glob("warm-*")]
 
 
 def test_what_asks_for_no_profile_runs_once_for_both_editions(made):
