@@ -1,13 +1,19 @@
-"""What pages show fits its place: here code; in a browser, tests/test_site.py measures the rest."""
+"""What pages show fits its place: code and figures here; in a browser, tests/test_site.py measures the rest."""
 
 import ast
 import re
 import textwrap
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+from PIL import Image
 from sphinx.pycode import ModuleAnalyzer
+
+from tpbook.book import plots
 
 TOP = Path(__file__).parent.parent
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
@@ -91,3 +97,31 @@ def test_what_is_short_or_no_python_stays(fit):
     assert fit.fit("x = {'a': 1}  # fmt: skip") == "x = {'a': 1}"
     for other in ("train() { " + "word " * 20 + "(", "x = " + "a" * 90, 'text = """\n' + "word " * 30 + '"""'):
         assert fit.fit(other) == other
+
+
+@pytest.mark.parametrize("name", ["lines.svg", "pictures.jpg"])
+def test_a_figure_is_made_for_a_phone_and_for_dark_pages(tmp_path, name):
+    """However it was laid out: no wider than is read there, no text below 9 px in a column of 342."""
+    plots.style()
+    figure, axes = plt.subplots(2, figsize=(11, 4), layout="constrained")
+    axes[0].plot([0, 1], [0, 1], label="a line")
+    axes[0].set_title("small", fontsize=6)
+    axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    axes[1].barh(["a label that needs a good part of the width"], [1])
+    plots.save(figure, tmp_path, name)
+    if name.endswith(".svg"):
+        drawing = (tmp_path / name).read_text()
+        wide = float(re.search(r'viewBox="0 0 ([\d.]+)', drawing)[1]) / 72
+        sizes = {round(100 * float(size), 1) for size in re.findall(r"scale\(([\d.]+) -\1\)", drawing)}
+        grounds = re.findall(r'id="patch_(?:1|2)">\s*<path [^>]*style="([^"]*)"', drawing)  # figure's, axes'
+        assert grounds and all("fill: none" in ground for ground in grounds)
+        assert min(sizes) == plots.SIZE
+    else:
+        picture = Image.open(tmp_path / name)
+        wide = picture.width / plt.rcParams["savefig.dpi"]
+        corner = picture.convert("RGB").getpixel((2, 2))
+        assert max(abs(a - 255 * b) for a, b in zip(corner, to_rgb(plots.DARK))) < 4
+        assert {text.get_color() for text in figure.findobj(Text)} == {plots.LIGHT}
+        assert min(text.get_fontsize() for text in figure.findobj(Text)) == plots.SIZE
+    assert plots.WIDE - 1 < wide <= plots.WIDE + 0.05 and plots.SIZE * 342 / 72 / wide >= 9
+    plt.close(figure)
