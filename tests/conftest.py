@@ -136,6 +136,11 @@ CUT = """() => {
     }).slice(0, 5).map(box => box.outerHTML.slice(0, 120));
 }"""
 
+# equations and Python, open ones, that a wide page should hold without scrolling
+LONG = """() => [...document.querySelectorAll('.math, mjx-container, .highlight-python pre, .cell_input pre')]
+    .filter(box => box.checkVisibility() && box.clientWidth && box.scrollWidth > box.clientWidth + 1)
+    .filter(box => getComputedStyle(box).overflowX !== 'visible').map(box => box.textContent.trim().slice(0, 80))"""
+
 # pictures as [address, width, width of their column]; texts of drawings within the page that are below 9 px
 PICTURES = """() => [...document.querySelectorAll('article :is(figure, .cell_output) img')]
     .filter(image => image.checkVisibility())

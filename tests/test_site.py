@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import AXE, CHROMIUM, CUT, PICTURES, SMALL, WIDE, serious
+from conftest import AXE, CHROMIUM, CUT, LONG, PICTURES, SMALL, WIDE, serious
 from PIL import Image
 
 from tpbook.book import plots
@@ -224,6 +224,7 @@ def test_in_a_browser(page, visit):
             shown.evaluate(DRAWN)  # the page hears of its new size before it draws
             assert not shown.evaluate(WIDE), f"{scheme}: wider than {width} px"
             assert not shown.evaluate(CUT), f"{scheme}: cut off at {width} px"
+            assert width < 1280 or not shown.evaluate(LONG), f"{scheme}: does not fit {width} px"
         found = {} if page in listings() else serious(shown)  # its rules go by kind, and it reads every word of code
         assert not found, f"{scheme}: {json.dumps(found, indent=1)}"
     assert not shown.evaluate(SMALL), "drawn too small for a phone"

@@ -6,7 +6,7 @@ if (location.protocol === "file:") {
 function reach() {
   const boxes = "pre, article table, article .math, mjx-container, .pst-scrollable-table-container, .cell_output";
   for (const box of document.querySelectorAll(boxes)) {
-    const scrolls = box.scrollWidth > box.clientWidth && getComputedStyle(box).overflowX !== "visible";
+    const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
     box.classList.toggle("scrolls", scrolls); // book.css then shows that there is more
     if (scrolls) box.tabIndex = 0;
   }
