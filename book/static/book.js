@@ -21,9 +21,10 @@ document.addEventListener("DOMContentLoaded", () => {
     named.removeAttribute("aria-label"); // it hides the words that the control shows
   }
 });
-addEventListener("load", reach);
-addEventListener("load", () => window.MathJax?.startup?.promise.then(reach)); // equations are set later
-addEventListener("resize", reach);
+addEventListener("load", () => {
+  new ResizeObserver(reach).observe(document.querySelector("article") ?? document.body); // menus slide in and out beside it
+  window.MathJax?.startup?.promise.then(reach); // equations are set later
+});
 addEventListener("toggle", reach, true); // what was folded has its width now
 addEventListener("beforeprint", () => {
   for (const closed of document.querySelectorAll("article details:not([open])")) closed.open = true;

@@ -160,7 +160,8 @@ def _frame(ax, title):
     ax.grid(False)
     sns.despine(ax=ax, left=True, bottom=True)
     wide = ax.figure.get_figwidth() / ax.get_subplotspec().get_gridspec().ncols  # inches
-    ax.set_title(textwrap.fill(title, int(wide * 72 / (0.55 * SIZE))))
+    lines = [textwrap.fill(line, int(wide * 72 / (0.55 * SIZE))) for line in title.split("\n")]
+    ax.set_title("\n".join(lines))
 
 
 def intervals(ax, x, said, what, **look):
@@ -214,4 +215,5 @@ def _of(group):
 def figure(rows, columns, size=2.0):
     """A grid of square axes, `size` inches each or as many as fit. → figure, (rows, columns) array of axes."""
     size = min(size, WIDE / columns)
-    return plt.subplots(rows, columns, figsize=(size * columns, size * rows * 1.1), squeeze=False, layout="constrained")
+    tall = size + 0.35  # a title of two lines
+    return plt.subplots(rows, columns, figsize=(size * columns, tall * rows), squeeze=False, layout="constrained")
