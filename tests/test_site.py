@@ -216,6 +216,7 @@ def test_in_a_browser(page, visit):
     if page.name == "404.html" or "http-equiv" in page.read_text():
         pytest.skip("lives on a server, or sends on")
     shown = visit(page.as_uri())
+    shown.add_style_tag(content="* { transition: none !important }")  # of menus that slide, which is waited for else
     for scheme, widths in {"light": (390, 1280), "dark": (1280, 390)}.items():
         shown.emulate_media(color_scheme=scheme)
         shown.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
