@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
@@ -109,6 +110,9 @@ def test_a_figure_is_made_for_a_phone_and_for_dark_pages(tmp_path, name):
     axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     axes[1].barh(["a label that needs a good part of the width"], [1])
     plots.save(figure, tmp_path, name)
+    plots.save(bars := pd.Series([3, 4], ["one", "a long name"]).plot.barh(figsize=(8, 2)).figure, tmp_path, "bars.svg")
+    assert float(re.search(r'viewBox="0 0 ([\d.]+)', (tmp_path / "bars.svg").read_text())[1]) / 72 < plots.WIDE + 0.05
+    plt.close(bars)
     if name.endswith(".svg"):
         drawing = (tmp_path / name).read_text()
         wide = float(re.search(r'viewBox="0 0 ([\d.]+)', drawing)[1]) / 72

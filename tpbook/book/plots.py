@@ -49,10 +49,12 @@ def save(figure, folder, name):
     """
     for text in figure.findobj(Text):
         text.set_fontsize(max(text.get_fontsize(), SIZE))
-    for _ in range(3):  # a narrower one is laid out anew
+    for _ in range(10):  # a narrower one is laid out anew
         figure.draw_without_rendering()
         over = figure.get_tightbbox().width + 2 * plt.rcParams["savefig.pad_inches"] - WIDE
-        figure.set_figwidth(max(figure.get_figwidth() - max(over, 0), WIDE / 2))
+        if over < 0.01:
+            break
+        figure.set_figwidth(max(figure.get_figwidth() - over, WIDE / 2))
     if name.endswith(".svg"):
         figure.savefig(f"{folder}/{name}", metadata={"Date": None}, facecolor="none")
     else:
