@@ -124,6 +124,33 @@ WIDE = """() => {
     return [...document.querySelectorAll('main *')].filter(over).slice(0, 5).map(e => e.outerHTML.slice(0, 120));
 }"""
 
+# what is wider than its box and cut off there, or scrolls and does not show it
+CUT = """() => {
+    const boxes = 'pre, .highlight, table, .math, mjx-container, .pst-scrollable-table-container, .cell_output';
+    const hides = cell => getComputedStyle(cell).backgroundColor !== 'rgba(0, 0, 0, 0)';
+    return [...document.querySelectorAll(`article :is(${boxes})`)].filter(box => {
+        const {overflowX, backgroundImage} = getComputedStyle(box);
+        if (!box.checkVisibility() || overflowX === 'visible' || box.scrollWidth <= box.clientWidth + 1) return false;
+        return !['auto', 'scroll'].includes(overflowX) || box.tabIndex < 0 || !backgroundImage.includes('gradient')
+            || [...box.querySelectorAll('tr, th, td')].some(hides);
+    }).slice(0, 5).map(box => box.outerHTML.slice(0, 120));
+}"""
+
+# equations and Python, open ones, that a wide page should hold without scrolling
+LONG = """() => [...document.querySelectorAll('.math, mjx-container, .highlight-python pre, .cell_input pre')]
+    .filter(box => box.checkVisibility() && box.clientWidth && box.scrollWidth > box.clientWidth + 1)
+    .filter(box => getComputedStyle(box).overflowX !== 'visible').map(box => box.textContent.trim().slice(0, 80))"""
+
+# pictures as [address, width, width of their column]; texts of drawings within the page that are below 9 px
+PICTURES = """() => [...document.querySelectorAll('article :is(figure, .cell_output) img')]
+    .filter(image => image.checkVisibility())
+    .map(image => [image, image.closest('figure, .cell_output')])
+    .map(([image, box]) => [image, box.clientWidth - 2 * parseFloat(getComputedStyle(box).paddingLeft)])
+    .map(([image, column]) => [image.src, image.clientWidth, column])"""
+SMALL = """() => [...document.querySelectorAll('article svg text')].filter(text => text.checkVisibility()
+    && !text.closest('mjx-container') && text.textContent.trim()
+    && parseFloat(getComputedStyle(text).fontSize) * text.getScreenCTM().a < 9).map(text => text.textContent)"""
+
 
 # the rules of axe-core that find other elements in the dark than in the light: of colours, and of drawings for either
 DARK = ["color-contrast", "link-in-text-block", "link-name", "image-alt", "svg-img-alt", "role-img-alt", "object-alt"]

@@ -14,7 +14,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import AXE, CHROMIUM, DARK, WIDE, serious
+from conftest import AXE, CHROMIUM, CUT, DARK, LONG, PICTURES, SMALL, WIDE, serious
+from PIL import Image
+
+from tpbook.book import plots
 
 bs4 = pytest.importorskip("bs4")
 
@@ -93,6 +96,9 @@ def anchors_of(page):
     return {tag.get("id") for tag in soup.find_all(id=True)} | {tag.get("name") for tag in soup.find_all("a")}
 
 
+ONE = re.compile(r"[a-z]{3,}\(s\)|(?<![\d.,/–-])1 (epoch|image|seed|thread|round|row|token|run)s\b")  # "1 epochs"
+
+
 @built
 @every_page
 def test_page(page):
@@ -106,6 +112,8 @@ def test_page(page):
         assert "{{" not in prose, "a number was not filled in"
     for sign in ("Traceback (most recent call last)", "Substitution error", "[object Object]", "<IPython.core"):
         assert sign not in prose, sign
+    for words in article.find_all(["p", "figcaption", "td"]) if page.name != "api.html" else []:
+        assert not ONE.search(words.get_text()), words
     assert not article.select(".problematic, .system-message, .cell_output .stderr")
     for output in article.select(".cell_output"):
         assert output.get_text(strip=True) or output.find(["img", "svg", "object"]), "an empty output"
@@ -212,6 +220,19 @@ def test_speed_is_found_before_it_is_tabled(site):
 DRAWN = "new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))"
 
 
+@functools.cache
+def smallest(picture, width):
+    """Pixels of the smallest text of a figure shown so wide; of one in pixels, whose text nobody can read here, what
+    `plots.save` sees to."""
+    if picture.suffix == ".svg":
+        drawing = picture.read_text()
+        points = [100 * float(size) for size in re.findall(r"scale\(([\d.]+) -\1\)", drawing)]  # as matplotlib says it
+        natural = float(re.search(r'viewBox="0 0 ([\d.]+)', drawing)[1])
+        return min(points) * width / natural
+    dots = {".jpg": 150, ".png": 100}[picture.suffix]  # an inch: plots.style
+    return plots.SIZE * dots / 72 * width / Image.open(picture).width
+
+
 @browser_needed
 @every_other_page
 def test_in_a_browser(page, turn):
@@ -219,6 +240,7 @@ def test_in_a_browser(page, turn):
     if page.name == "404.html" or "http-equiv" in page.read_text():
         pytest.skip("lives on a server, or sends on")
     shown = turn(page.as_uri())
+    shown.add_style_tag(content="* { transition: none !important }")  # of menus that slide, which is waited for else
     for scheme, widths in {"light": (390, 1280), "dark": (1280, 390)}.items():
         if scheme == "dark" and page in looked_at():
             break  # no colour and no drawing of a new kind
@@ -228,8 +250,17 @@ def test_in_a_browser(page, turn):
             shown.set_viewport_size({"width": width, "height": 900})
             shown.evaluate(DRAWN)  # the page hears of its new size before it draws
             assert not shown.evaluate(WIDE), f"{scheme}: wider than {width} px"
+            assert not shown.evaluate(CUT), f"{scheme}: cut off at {width} px"
+            assert width < 1280 or not shown.evaluate(LONG), f"{scheme}: does not fit {width} px"
         found = {} if page in looked_at() else serious(shown, DARK if scheme == "dark" else None)
         assert not found, f"{scheme}: {json.dumps(found, indent=1)}"
+    assert not shown.evaluate(SMALL), "drawn too small for a phone"
+    for address, width, column in shown.evaluate(PICTURES):
+        assert width > column - 2, f"{address} leaves a phone's column of {column} px empty"
+        assert smallest(Path(unquote(urlsplit(address).path)), width) >= 9, f"{address}: text below 9 px on a phone"
+    shown.evaluate("document.querySelectorAll('article details').forEach(folded => folded.open = true)")
+    shown.evaluate(DRAWN)
+    assert not shown.evaluate(CUT), "what was folded is cut off"
     assert not shown.evaluate("[...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
     assert not shown.evaluate("document.querySelectorAll('[data-mjx-error], mjx-merror').length")
     unset = "[...document.querySelectorAll('.math')].filter(m => !m.querySelector('mjx-container')).length"

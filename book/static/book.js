@@ -4,9 +4,11 @@ if (location.protocol === "file:") {
 }
 
 function reach() {
-  const boxes = "pre, article table, article .math, .pst-scrollable-table-container, .cell_output";
+  const boxes = "pre, article table, article .math, mjx-container, .pst-scrollable-table-container, .cell_output";
   for (const box of document.querySelectorAll(boxes)) {
-    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+    const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
+    box.classList.toggle("scrolls", scrolls); // book.css then shows that there is more
+    if (scrolls) box.tabIndex = 0;
   }
 }
 
@@ -19,8 +21,11 @@ document.addEventListener("DOMContentLoaded", () => {
     named.removeAttribute("aria-label"); // it hides the words that the control shows
   }
 });
-addEventListener("load", reach);
-addEventListener("resize", reach);
+addEventListener("load", () => {
+  new ResizeObserver(reach).observe(document.querySelector("article") ?? document.body); // menus slide in and out beside it
+  window.MathJax?.startup?.promise.then(reach); // equations are set later
+});
+addEventListener("toggle", reach, true); // what was folded has its width now
 addEventListener("beforeprint", () => {
   for (const closed of document.querySelectorAll("article details:not([open])")) closed.open = true;
 });

@@ -76,7 +76,7 @@ def ten():
 
 def figure(rows):
     """Accuracy against GMACs: a line a method from the dense model down. → matplotlib Figure"""
-    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     [dense] = [row for row in rows if row["method"] == "dense"]
     for name in SHOWN:
         own = [dense, *(row for row in rows if row["name"] == name)]
@@ -86,5 +86,5 @@ def figure(rows):
         ax.plot(x, y, "--" if dashed else "-", label=TITLES[name], **look)
     ax.plot(dense["macs"] / 1e9, 100 * dense["right"] / dense["n"], "D", color=COLOURS["dense"], label="dense", ms=9)
     ax.set(xlabel="GMACs of an image", ylabel="top-1, %")
-    ax.legend(loc="lower right", fontsize=11)
+    ax.legend(loc="lower right")
     return fig

@@ -3,6 +3,7 @@
 Chapter: :doc:`/book/notation`
 """
 
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,7 @@ import torch
 from IPython.display import Image, display
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from .. import data
 from .looks import EDGE, GONE, LOOKS
@@ -19,14 +21,21 @@ from .looks import EDGE, GONE, LOOKS
 COLOURS = {name: look.colour for name, look in LOOKS.items()}
 MARKS = {name: look.mark for name, look in LOOKS.items()}
 NAMES = {name: look.title for name, look in LOOKS.items()}
+WIDE, SIZE = 5.2, 10
+"""A figure's inches and its text's points, at most and at least: 9 px where a phone's column has 342."""
+DARK, LIGHT = "#121212", "#ced6dd"  # ground and text of the theme's dark pages
 
 
 def style():
     """Set the book's look for every figure that follows."""
+    sizes = dict.fromkeys((
+        "font.size", "axes.titlesize", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize",
+        "legend.title_fontsize", "figure.titlesize", "figure.labelsize",
+    ), SIZE)  # fmt: skip
     sns.set_theme(context="notebook", style="ticks", rc={
-        "figure.dpi": 100, "savefig.dpi": 110, "savefig.bbox": "tight", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
-        "svg.hashsalt": "tpbook",
+        "figure.dpi": 100, "figure.figsize": (WIDE, 3.2), "savefig.dpi": 150, "savefig.bbox": "tight",
+        "savefig.pad_inches": 0.05, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "axes.facecolor": "none", "grid.alpha": 0.3, "legend.frameon": False, "svg.hashsalt": "tpbook", **sizes,
     })  # fmt: skip
 
 
@@ -34,12 +43,25 @@ def save(figure, folder, name):
     """Write a figure for the pages as `folder/name`, ending .svg (lines) or .jpg (photographs).
 
     The book's pages read it from there, with a text alternative of their own. A notebook shows the JPEG itself, which
-    weighs less than the figure would.
+    weighs less than the figure would. No figure is wider than `WIDE`, no text smaller than `SIZE`, so that both can be
+    read on a phone. Lines have no ground, and dark pages invert them (`book/static/book.css`); photographs lie on the
+    ground of a dark page.
     """
+    for text in figure.findobj(Text):
+        text.set_fontsize(max(text.get_fontsize(), SIZE))
+    for _ in range(10):  # a narrower one is laid out anew
+        figure.draw_without_rendering()
+        over = figure.get_tightbbox().width + 2 * plt.rcParams["savefig.pad_inches"] - WIDE
+        if over < 0.01:
+            break
+        figure.set_figwidth(max(figure.get_figwidth() - over, WIDE / 2))
     if name.endswith(".svg"):
-        figure.savefig(f"{folder}/{name}", metadata={"Date": None})
+        figure.savefig(f"{folder}/{name}", metadata={"Date": None}, facecolor="none")
     else:
-        figure.savefig(f"{folder}/{name}", pil_kwargs={"quality": 80, "optimize": True, "progressive": True})
+        for text in figure.findobj(Text):
+            text.set_color(LIGHT)
+        look = {"quality": 80, "optimize": True, "progressive": True}
+        figure.savefig(f"{folder}/{name}", pil_kwargs=look, facecolor=DARK)
         plt.close(figure)
         display(Image(f"{folder}/{name}"))
 
@@ -139,7 +161,9 @@ def _frame(ax, title):
     ax.set_yticks([])
     ax.grid(False)
     sns.despine(ax=ax, left=True, bottom=True)
-    ax.set_title(title, fontsize=9)
+    wide = ax.figure.get_figwidth() / ax.get_subplotspec().get_gridspec().ncols  # inches
+    lines = [textwrap.fill(line, int(wide * 72 / (0.55 * SIZE))) for line in title.split("\n")]
+    ax.set_title("\n".join(lines))
 
 
 def intervals(ax, x, said, what, **look):
@@ -191,5 +215,7 @@ def _of(group):
 
 
 def figure(rows, columns, size=2.0):
-    """A grid of square axes, `size` inches each. → figure, (rows, columns) array of axes."""
-    return plt.subplots(rows, columns, figsize=(size * columns, size * rows * 1.1), squeeze=False, layout="constrained")
+    """A grid of square axes, `size` inches each or as many as fit. → figure, (rows, columns) array of axes."""
+    size = min(size, WIDE / columns)
+    tall = size + 0.35  # a title of two lines
+    return plt.subplots(rows, columns, figsize=(size * columns, tall * rows), squeeze=False, layout="constrained")

@@ -11,13 +11,9 @@ from matplotlib.colors import TwoSlopeNorm
 
 from . import plots, speed
 
-SMALL = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
-         "legend.fontsize": 9, "legend.title_fontsize": 9}  # fmt: skip
-"""Text that can be read where a drawing of five inches is as wide as a phone."""
 NAMED = {plots.NAMES[name]: colour for name, colour in plots.COLOURS.items()}
 
 
-@plt.rc_context(SMALL)
 def promise(table):
     """Measured speed over promised speed, both × dense, one mark a setting and a colour a method.
 
@@ -38,7 +34,6 @@ def promise(table):
     return fig
 
 
-@plt.rc_context(SMALL)
 def break_even(rows):
     """Where pruning pays: × dense over width, image size and batch, a panel a mode, with a line around what is above 1.
 
@@ -92,7 +87,6 @@ def _line_at_one(ax, numbers):
                 ax.plot([c - 0.5, c + 0.5], [r + 0.5, r + 0.5], color="black", lw=2.5, solid_capstyle="butt")
 
 
-@plt.rc_context(SMALL)
 def over_batches(rows):
     """× dense over the batch, a panel a model and dtype, a line a method.
 
@@ -119,7 +113,6 @@ def over_batches(rows):
     return grid.figure
 
 
-@plt.rc_context(SMALL)
 def efficiencies(rows):
     """Efficiency, a mark a setting, a line a method, a panel a device; hue is the batch.
 
@@ -149,7 +142,6 @@ def efficiencies(rows):
     return fig
 
 
-@plt.rc_context(SMALL)
 def stages(counted):
     """What a stage starts and moves, a bar a method and dtype.
 
@@ -177,7 +169,6 @@ def stages(counted):
     return fig
 
 
-@plt.rc_context(SMALL)
 def growth(table):
     """× dense over the number of tokens, a line a model; dotted what the MACs promise.
 
@@ -202,7 +193,6 @@ def growth(table):
     return fig
 
 
-@plt.rc_context(SMALL)
 def steps(rows):
     """Training steps in dense steps, a panel a device, a mark a method, dtype and batch, with intervals.
 
