@@ -135,6 +135,8 @@ def test_the_real_sets():
     for path, target in photos.samples:
         row = rows[os.path.relpath(path, photos.root)]
         assert int(row["imagenet_index"]) == target and row["author"] and row["license"] and row["landing_url"]
+        assert "\\" not in row["author"]
+    assert {"Frédéric BISSON", "總統府"} <= {row["author"] for row in rows.values()}
 
 
 def test_digits():

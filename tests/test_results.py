@@ -51,6 +51,8 @@ def test_points():
     comparison = {"difference": 1.25, "spread": 0.5, "low": -0.31, "high": 2.8, "p": 0.1}
     assert results.points(comparison) == "+1.2 ± 0.5 [-0.3, +2.8]"
     assert results.points(comparison, interval=False) == "+1.2 ± 0.5"
+    alone = results.paired([[1, 1, 1, 0, 1]], [[0, 1, 0, 0, 1]])
+    assert alone["spread"] is None and results.points(alone, interval=False) == "+40.0"
     assert results.seen(comparison) == "+1.2 [-0.3, +2.8] points, not seen here"
     assert results.seen({**comparison, "low": 0.1}) == "+1.2 [+0.1, +2.8] points"
 

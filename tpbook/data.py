@@ -197,7 +197,10 @@ def nips2017_dev(transform=None):
 def attribution():
     """Of every image of `nips2017_dev`: relative file name → its row of attribution.csv (author, licence, link)."""
     with (root(NIPS) / "attribution.csv").open(newline="") as file:
-        return {row["file"]: row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    for row in rows:  # the file has each byte of UTF-8 beyond ASCII as \ooo
+        row["author"] = row["author"].encode("latin-1").decode("unicode_escape").encode("latin-1").decode("utf-8")
+    return {row["file"]: row for row in rows}
 
 
 def imagenette(split, transform=None, name=IMAGENETTE):

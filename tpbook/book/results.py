@@ -86,9 +86,10 @@ def paired(ours, theirs):
         ours, theirs: (seeds, n) arrays, 1 where an image is classified right; row by row the same seed.
 
     Returns:
-        dict in percentage points: "difference" of the mean accuracies, "spread", its standard deviation over seeds, and
-        "low", "high", "p", the 95 % interval and p-value of a t-test over images on their mean over seeds; and "side",
-        1 where ours is ahead and −1 where it is behind: the interval excludes zero and every seed agrees. Else 0.
+        dict in percentage points: "difference" of the mean accuracies, "spread", its standard deviation over seeds
+        (None of one seed), and "low", "high", "p", the 95 % interval and p-value of a t-test over images on their mean
+        over seeds; and "side", 1 where ours is ahead and −1 where it is behind: the interval excludes zero and every
+        seed agrees. Else 0.
     """
     gain = 100 * (np.asarray(ours, float) - np.asarray(theirs, float))  # (seeds, n)
     by_seed, by_image = gain.mean(axis=1), gain.mean(axis=0)
@@ -97,7 +98,7 @@ def paired(ours, theirs):
     if by_image.std() > 0:
         test = ttest_1samp(by_image, 0)
         (low, high), p = test.confidence_interval(0.95), test.pvalue
-    spread = by_seed.std(ddof=1) if len(by_seed) > 1 else 0.0
+    spread = by_seed.std(ddof=1) if len(by_seed) > 1 else None
     side = int(low > 0 and (by_seed > 0).all()) - int(high < 0 and (by_seed < 0).all())
     return {"difference": by_image.mean(), "spread": spread, "low": low, "high": high, "p": p, "side": side}
 
@@ -159,9 +160,9 @@ def percent(correct):
 
 
 def points(comparison, interval=True):
-    """What `paired` found, for a table: difference ± spread over seeds [95 % interval over images]."""
-    said = "{difference:+.1f} ± {spread:.1f}" + " [{low:+.1f}, {high:+.1f}]" * interval
-    return said.format(**comparison)
+    """What `paired` found, for a table: difference ± spread over seeds, if several, [95 % interval over images]."""
+    said = "{difference:+.1f}" + " ± {spread:.1f}" * (comparison["spread"] is not None)
+    return (said + " [{low:+.1f}, {high:+.1f}]" * interval).format(**comparison)
 
 
 def interval(comparison):
