@@ -149,6 +149,12 @@ def fewer_colours(html):
                 path.write_bytes(smaller.getvalue())
 
 
+def fewer_lines(html):
+    """Drawings without the line breaks and indents that matplotlib writes, a tenth of them."""
+    for path in (html / "_images").glob("*.svg"):
+        path.write_text(re.sub(r">\s+<", "><", re.sub(r"\s*\n\s*", " ", path.read_text())))
+
+
 def share_pictures(html):
     """Keep once what a page and a notebook both show: Sphinx copies a notebook's pictures under names of their own."""
     first, again = {}, {}  # contents → file; name of a copy → name of the file
@@ -215,6 +221,7 @@ if __name__ == "__main__":
             path.unlink()
     if code == 0:
         fewer_colours(site / "_build/html")
+        fewer_lines(site / "_build/html")
         share_pictures(site / "_build/html")
         lighten(site / "_build/html")
         hand_out_notebooks(site / "_build/html")

@@ -14,6 +14,7 @@ from scipy.stats import t
 import tpbook
 from notebooks.pooling import POOLING
 from tpbook.book import family, results
+from tpbook.book.looks import LOOKS
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"
 
@@ -279,9 +280,17 @@ def test_the_family_is_set_beside_one_method_at_the_nearest_cost():
         row("tome", 78e6, "11111100", options={"r": 13}, seed=1),
         row("tome", 78e6, "11111000", options={"r": 13}, seed=0),
     ]  # fmt: skip
-    [line] = family.table(rows, ("tome",))
+    [(line, pair)] = found = family.compared(rows, ("tome",))
     assert (line["method"], line["setting"], line["trained"], line["MACs, 10⁶"]) == ("ToMe", "r = 13", "yes", "78")
     assert line["top-1, %"].startswith("68.8 [") and "data" not in line
     assert line["− Top-K"].startswith("+18.8 ± 8.8 [") and line["− Top-K"].endswith("(at 80)")
-    assert [line.get("− Top-K") for line in family.table(rows, ("topk",))] == [None] * 3
+    assert pair["difference"] == pytest.approx(18.75)
+    alone = family.compared(rows, ("topk",))
+    assert [(line.get("− Top-K"), pair) for line, pair in alone] == [(None, None)] * 3
+    groups = family.groups([*found, *alone])
+    assert groups == {"ToMe, trained": (LOOKS["tome"].colour, {"r = 13": pair})}
+    assert family.groups([(line | {"data": "photographs"}, pair)]).keys() == {"ToMe, photographs"}
+    cells = {"a": {"side": 1}, "b": {"side": -1}, "c": {"side": -1}}
+    assert family.tally({"ToMe, trained": ("red", cells)}) == "*ToMe, trained*: ahead at 1 of 3 costs, behind at 2"
+    assert family.tally({"ToMe": ("red", {"a": {"side": 0}})}) == "*ToMe*: ahead at none of 1 costs, behind at none"
     assert family.setting({"keep_ratio": 0.7, "options": {"proportional": False}}) == "ρ = 0.7, proportional = False"

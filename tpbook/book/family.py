@@ -9,11 +9,6 @@ from .looks import LOOKS
 from .results import correct, paired, percent, points
 
 
-def table(rows, methods, beside="topk"):
-    """The lines of `compared`, for a page."""
-    return [line for line, _ in compared(rows, methods, beside)]
-
-
 def compared(rows, methods, beside="topk"):
     """Some methods out of a `family.json`, each against one other method at the cost nearest to its own.
 
@@ -47,6 +42,35 @@ def compared(rows, methods, beside="topk"):
                 line[f"− {LOOKS[beside].title}"] = f"{points(pair)} (at {_macs(other):.0f})"
             lines.append(({key: value for key, value in line.items() if value is not None}, pair))
     return lines
+
+
+def groups(lines):
+    """The differences of `compared`, for `plots.forest`.
+
+    Args:
+        lines: as `compared` gives them; those without a difference are left out.
+
+    Returns:
+        dict: "ATS, trained", or "ATS, nips2017-dev" where the data is named → its colour, and setting → what
+        `results.paired` found.
+    """
+    colours = {look.title: look.colour for look in LOOKS.values()}
+    found = {}
+    for line, pair in lines:
+        about = line.get("data") or {"yes": "trained", "no": "not trained"}[line["trained"]]
+        if pair:
+            heading = f"{line['method']}, {about}"
+            found.setdefault(heading, (colours[line["method"]], {}))[1][line["setting"]] = pair
+    return found
+
+
+def tally(found):
+    """What `groups` gave, in words: "*ATS, trained*: ahead at 1 of 3 costs, behind at none"."""
+    lines = []
+    for heading, (_, pairs) in found.items():
+        ahead, behind = (sum(pair["side"] == side for pair in pairs.values()) or "none" for side in (1, -1))
+        lines.append(f"*{heading}*: ahead at {ahead} of {len(pairs)} costs, behind at {behind}")
+    return "; ".join(lines)
 
 
 def setting(row):
