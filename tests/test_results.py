@@ -291,6 +291,6 @@ def test_the_family_is_set_beside_one_method_at_the_nearest_cost():
     assert groups == {"ToMe, trained": (LOOKS["tome"].colour, {"r = 13": pair})}
     assert family.groups([(line | {"data": "photographs"}, pair)]).keys() == {"ToMe, photographs"}
     cells = {"a": {"side": 1}, "b": {"side": -1}, "c": {"side": -1}}
-    assert family.tally({"ToMe, trained": ("red", cells)}) == "*ToMe, trained*: ahead at 1 of 3 costs, behind at 2"
-    assert family.tally({"ToMe": ("red", {"a": {"side": 0}})}) == "*ToMe*: ahead at none of 1 costs, behind at none"
+    assert family.tally({"ToMe, trained": ("red", cells)}) == "*ToMe, trained*: 1 of 3 ahead, 2 behind"
+    assert family.tally({"ToMe": ("red", {"a": {"side": 0}})}) == "*ToMe*: none of 1 ahead, none behind"
     assert family.setting({"keep_ratio": 0.7, "options": {"proportional": False}}) == "ρ = 0.7, proportional = False"

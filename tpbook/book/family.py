@@ -65,11 +65,11 @@ def groups(lines):
 
 
 def tally(found):
-    """What `groups` gave, in words: "*ATS, trained*: ahead at 1 of 3 costs, behind at none"."""
+    """What `groups` gave, in words: "*ATS, trained*: 1 of 3 ahead, none behind"."""
     lines = []
     for heading, (_, pairs) in found.items():
         ahead, behind = (sum(pair["side"] == side for pair in pairs.values()) or "none" for side in (1, -1))
-        lines.append(f"*{heading}*: ahead at {ahead} of {len(pairs)} costs, behind at {behind}")
+        lines.append(f"*{heading}*: {ahead} of {len(pairs)} ahead, {behind} behind")
     return "; ".join(lines)
 
 
