@@ -270,3 +270,33 @@ def test_the_ledger_is_searched(site, visit):
     page.get_by_label("Words").fill("no such words")
     assert found.inner_text().startswith("0 of ") and not page.locator("details.ledger:visible").count()
     assert not page.wrong
+
+
+CODE = (
+    '<div class="highlight-ipython3 notranslate"><div class="highlight"><pre><span></span>'
+    '<span class="kn">import</span>'
+    ' <span class="nn">tpbook</span>\n<span class="n">tpbook</span><span class="o">.</span><span class="n">prune</span>'
+    '<span class="p">(</span><span class="n">{name}</span><span class="p">)</span>\n</pre></div>\n</div>'
+)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a",)])
+def test_code_is_linked_as_sphinx_codeautolink_links_it(tmp_path, extension, names):
+    """The page but for its code stays as it is, byte by byte."""
+    import links
+    from bs4 import BeautifulSoup
+    from sphinx_codeautolink.extension.block import SourceTransform
+    from sphinx_codeautolink.parse import LinkContext, Name
+
+    page = "<p>1&nbsp;&lt; 2 <br/></p>".join(["<nav>x</nav>", *(CODE.format(name=name) for name in "ab"), "<p>end</p>"])
+    prune = Name(["tpbook", "prune"], "tpbook.prune", 2, 2, LinkContext.none, "tpbook.prune")
+    transforms = [SourceTransform(f"import tpbook\ntpbook.prune({name})", [prune], None, 1) for name in names]
+    known, made = {"tpbook.prune": "book/api.html#tpbook.prune"}, []
+    for link in (links.link_html, links.whole_page):
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        (tmp_path / "notebooks/it.html").write_text(page)
+        link("notebooks/it", tmp_path, transforms, known, {"ipython3": None}, [], disable_link_titles=False)
+        made.append((tmp_path / "notebooks/it.html").read_text())
+    assert made[0].count('href="../book/api.html#tpbook.prune"') == len(names)
+    assert str(BeautifulSoup(made[0], "html.parser")) == made[1]
+    assert links.CODE.sub("", made[0]) == links.CODE.sub("", page)
