@@ -299,8 +299,12 @@ def test_what_a_chapter_measures_of_a_model(small, images):
         after = [y := block(y) for block in model.blocks]
         found = experiments.class_tokens(model, x, batch=1)
         assert torch.allclose(found, torch.stack([state[:, 0] for state in after]), atol=1e-6)
-        p = experiments.confidence(model, x, labels, batch=1)
-        assert torch.allclose(p, model(x).softmax(1)[[0, 1], labels], atol=1e-6)
+        logits = model(x)
+        first, second = logits.argmax(1).tolist()
+        assert experiments.confidence(model, x, torch.tensor([first, 1 - min(second, 1)]))[0].tolist() == [True, False]
+        right, p = experiments.confidence(model, x, labels, batch=1)
+        assert torch.allclose(p, logits.softmax(1)[[0, 1], labels], atol=1e-6)
+        assert torch.equal(right, experiments.right(model, x, labels))
     assert not any(block._forward_hooks for block in model.blocks)
 
 

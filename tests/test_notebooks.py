@@ -193,11 +193,47 @@ def test_costs_and_traces_leave_a_model_as_it_was(small, images):
     assert not tpbook.engine.is_pruned(model)
     copy = experiments.pruned(model, "evit", 0.5)
     assert tpbook.engine.is_pruned(copy) and not tpbook.engine.is_pruned(model)
-    mine = experiments.left(copy, x, batch=1)
+    said, mine = experiments.answers(copy, x, batch=1)
     with torch.no_grad(), tpbook.trace(copy) as t:
-        copy(x)
+        assert torch.equal(said, copy(x).argmax(1))
     for alive, kept in zip(mine, t.kept[-1]):
         assert alive.nonzero()[:, 0].tolist() == sorted(i for i in kept.tolist() if i >= 0)
+
+
+PRUNED = {"evit": {}, "etps": {"at": (5, 6)}, "random": {"seed": 3}, "dtps": {"score": "class_attention"}}
+
+
+@pytest.mark.parametrize("method", PRUNED)
+def test_a_model_may_begin_where_pruning_does(method):
+    """With the tokens before that block in the place of images: the same answers at the same cost."""
+    model = tpbook.load_backbone("vit_digits_patch4_56")
+    images = tpbook.data.digits("test").images[:6]
+    late, tokens = experiments.resumed(model, images, batch=4, first=2 if method == "dtps" else None)
+    assert tokens.shape == (6, 197, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(late(tokens), model(images))
+        for one in (late, model):
+            tpbook.prune(one, method, keep_ratio=0.5, **PRUNED[method])
+        torch.testing.assert_close(late(tokens), model(images))
+        said, left = experiments.answers(late, tokens, batch=6)
+        theirs = experiments.answers(model, images, batch=6)
+        assert torch.equal(said, theirs[0]) and torch.equal(left, theirs[1])
+    assert tpbook.flops.closed_form(late).total == tpbook.flops.closed_form(model).total
+    with torch.inference_mode():
+        torch.testing.assert_close(tpbook.unprune(late)(tokens), tpbook.unprune(model)(images))
+
+
+def test_a_model_that_begins_later_cannot_be_pruned_earlier():
+    model = tpbook.load_backbone("vit_digits_patch4_56")
+    late, tokens = experiments.resumed(model, tpbook.data.digits("test").images[:2])
+    with pytest.raises(ValueError, match="pruning must begin at block 3"):
+        tpbook.prune(late, "evit", at=(2, 6))(tokens)
+    with pytest.raises(ValueError, match="pruning must begin at block 3"):  # it hears block 2
+        tpbook.prune(tpbook.unprune(late), "dtps", score="class_attention")(tokens)
+
+
+def test_which_test_images_a_training_got_right():
+    assert experiments.bits_in({"correct": "0110"}).tolist() == [[0, 1, 1, 0]]
 
 
 def test_every_token_before_every_block(small, images):

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from .. import data, flops
+from ..checks import default_at
 from ..engine import prune, unprune
 from ..masking import mask, unmask
+from ..pruned import PrunedBlock
 from ..tracing import trace
 from ..training import recipes
 from ..weights import DIGITS, load_backbone
@@ -101,9 +103,18 @@ def right(model, images, labels, batch=100):
 
 @torch.inference_mode()
 def confidence(model, images, labels, batch=100):
-    """What probability a model gives the right class; arguments as for `right`. → (n,)"""
+    """Which images a model classifies right, and the probability it gives the right class; arguments as for `right`.
+
+    Returns:
+        (n,) bool and (n,) float.
+    """
     p = torch.cat([model(x).softmax(1) for x in images.split(batch)])  # (n, classes)
-    return p.gather(1, labels[:, None])[:, 0]
+    return p.argmax(1) == labels, p.gather(1, labels[:, None])[:, 0]
+
+
+def bits_in(result):
+    """Which test images a training's model got right, (1, n) of 0 and 1; `result` as `tpbook.train.run` returns it."""
+    return np.array([[int(bit) for bit in result["correct"]]])
 
 
 @torch.inference_mode()
@@ -162,15 +173,70 @@ def traced(model, images, method, **options):
 
 
 @torch.inference_mode()
-def left(model, images, batch=100):
-    """Which patches a pruned model has left after its last stage, (n, C, H, W) → (n, N) bool; fused tokens are none."""
-    alive = []
+def resumed(model, images, batch=100, first=None):
+    """A copy of a model that begins where pruning does, and what it takes for images.
+
+    What the blocks before that make of the images is then computed once, however many ways to prune follow: at ρ = ½
+    half of the work. The copy's answers are the model's, pruned or not.
+
+    Args:
+        model: a timm ViT in eval mode, not pruned.
+        images: (n, C, H, W).
+        batch: images a forward.
+        first: the block that the copy begins with; None is the first that is pruned unless others are named. Scores of
+            methods that prune before a block may hear the one before.
+
+    Returns:
+        The copy, whose forward raises ValueError where pruning touches an earlier block; and the tokens before that
+        block, (n, P + N, C).
+    """
+    late, entered = copy.deepcopy(model), []
+    first = default_at(len(late.blocks))[0] if first is None else first
+
+    def stop(block, args):
+        entered.append(args[0])
+        raise StopIteration
+
+    with late.blocks[first].register_forward_pre_hook(stop):
+        for x in images.split(batch):
+            try:
+                late(x)
+            except StopIteration:
+                pass
+
+    def passes(block):
+        def forward(x, *args, **kwargs):
+            if isinstance(block, PrunedBlock):
+                raise ValueError(f"pruning must begin at block {first}, whose tokens are given, or later")
+            return x
+
+        return forward
+
+    for part in (late.patch_embed, late.patch_drop, late.norm_pre, *late.blocks[:first]):
+        part.forward = passes(part)
+    late._pos_embed = passes(None)
+    return late, torch.cat(entered)
+
+
+@torch.inference_mode()
+def answers(model, images, batch=100):
+    """What a pruned model says, and which patches it has left after its last stage; fused tokens are none.
+
+    Args:
+        model: pruned.
+        images: (n, C, H, W).
+        batch: images a forward.
+
+    Returns:
+        (n,) int64, the class it takes each image for, and (n, N) bool.
+    """
+    said, alive = [], []
     for x in images.split(batch):
         with trace(model) as t:
-            model(x)
+            said.append(model(x).argmax(1))
         seen = torch.zeros(len(x), t.grid[0] * t.grid[1] + 1, dtype=torch.bool)
         alive.append(seen.scatter_(1, t.kept[-1].clamp(min=-1) + 1, True)[:, 1:])
-    return torch.cat(alive)
+    return torch.cat(said), torch.cat(alive)
 
 
 def right_when_pruned(model, images, labels, method, keep_ratio, seeds, **options):
