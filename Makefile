@@ -110,7 +110,7 @@ $(env): requirements.txt constraints.txt pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# what each notebook depends on, and which of them are alike in all editions and which measure time
+# what each notebook depends on, and which of them are alike in all editions and which take long
 _build/needs.mk: notebooks/needs.py $(notebooks) $(package) $(shell find notebooks/results recipes tests/fixtures -type d)
 	@mkdir -p $(@D)
 	@$(PYTHON) $< > $@
@@ -129,8 +129,8 @@ $(copies): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
 	cp -R _build/digits/results/$* _build/imagenette/results
 	cp $< $@
 
-# JOBS notebooks run at a time and share the cores, the longest first; those that measure time have all cores, and cells
-# that do wait until they are alone (notebooks/turns.py)
+# JOBS notebooks run at a time and share the cores, the longest first; cells that measure time wait until they are alone
+# (notebooks/turns.py)
 JOBS ?= 2
 MAKEFLAGS += --jobs=$(JOBS)
 threads := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))")
@@ -141,7 +141,7 @@ endif
 define rules
 _build/$(1)/notebooks/%.ipynb: notebooks/%.ipynb $(env)
 	rm -rf _build/$(1)/results/$$*
-	TOGETHER=$$$$PPID $$(if $$(filter $$*,$$(timed)),,OMP_NUM_THREADS=$$(threads) )$(bin)/python notebooks/run.py $$< $$@ profile=$(1) out=../_build/$(1)/results/$$*
+	TOGETHER=yes OMP_NUM_THREADS=$$(threads) $(bin)/python notebooks/run.py $$< $$@ profile=$(1) out=../_build/$(1)/results/$$*
 _build/$(1)/site/_build/html/index.html: $(ordered:%=_build/$(1)/%) $(pages) $(package) $(javascript) $(env) | $(ran)
 	$(bin)/python book/render.py _build/$(1)
 	touch $$@

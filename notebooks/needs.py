@@ -1,10 +1,9 @@
 """What each notebook depends on, for make: `python notebooks/needs.py > _build/needs.mk`. Needs nothing but Python.
 
 A notebook is run again when a file of this repository changed that it imports, at any depth, or that its cells name:
-paths in them are literals, from the notebooks' folder, and what an f-string puts in may be anything. Three lists besides:
+paths in them are literals, from the notebooks' folder, and what an f-string puts in may be anything. Two lists besides:
 
 - `alike`, the notebooks that do nothing with `profile` but begin and write it down: they run once for all editions;
-- `timed`, those that measure time: they have all cores, and run alone while they do;
 - `longest`, those that begin first, so that in the end no core waits for one of them.
 """
 
@@ -186,18 +185,10 @@ def clocked(notebook):
     return found
 
 
-def is_timed(notebook):
-    """Whether a notebook measures time."""
-    return any(clocked(notebook).values())
-
-
 def rules(top):
     """The text that make includes."""
     notebooks = sorted((top / "notebooks").glob("*.ipynb"))
-    lines = [
-        f"{name} := {' '.join(path.stem for path in notebooks if holds(path))}"
-        for name, holds in (("alike", is_alike), ("timed", is_timed))
-    ]
+    lines = [f"alike := {' '.join(path.stem for path in notebooks if is_alike(path))}"]
     lines.append(f"longest := {' '.join(LONGEST)}")
     for path in notebooks:
         editions = EDITIONS[:1] if is_alike(path) else EDITIONS

@@ -1,8 +1,7 @@
 """Run one notebook by papermill: `python notebooks/run.py SOURCE TARGET name=value …`.
 
 TARGET appears only when every cell has run; a run that fails leaves `TARGET`'s name with `.failed.ipynb` instead.
-Where TOGETHER is the number of a process, as make's is, those that run for it at once take turns (`turns.py`) and have
-warm kernels (`warm.py`).
+Where TOGETHER is set, as make sets it, those that run at once take turns (`turns.py`).
 """
 
 import os
@@ -15,27 +14,13 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 
-def together(source, make):
-    """What papermill is told of a notebook that runs beside others of one make: dict."""
-    from jupyter_client.provisioning import local_provisioner
-
+def together(source):
+    """What papermill is told of a notebook that runs beside others: dict."""
     import needs
     import turns
-    import warm
 
-    mine, clocked = turns.Turns(warm.HERE), needs.clocked(source)
+    mine, clocked = turns.Turns(Path(__file__).resolve().parent.parent / "_build"), needs.clocked(source)
     mine.take(alone=False)  # from now on, since a kernel that starts is no quiet neighbour
-    cold = local_provisioner.launch_kernel
-
-    def start(command, **how):
-        try:
-            return warm.kernel(make, command, how["env"], how.get("cwd") or os.getcwd())
-        except (OSError, ValueError) as error:
-            print(f"{source.name}: no warm kernel ({error!r})", file=sys.stderr)
-            return cold(command, **how)
-
-    if not any(clocked.values()):  # which have all cores, and a warm kernel has as many as the first that asked
-        local_provisioner.launch_kernel = start
 
     def begins(cell, cell_index):
         if clocked.get(cell.source):
@@ -49,7 +34,7 @@ def together(source, make):
 
 def run(source, target, parameters):
     """Execute `source` with `parameters` into `target`. → how long it took, in seconds."""
-    hooks = together(source, int(os.environ["TOGETHER"])) if "TOGETHER" in os.environ else {}
+    hooks = together(source) if "TOGETHER" in os.environ else {}
     part, failed = target.with_suffix(".part.ipynb"), target.with_suffix(".failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     for old in (target, failed):

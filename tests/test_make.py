@@ -218,10 +218,8 @@ def orders(top, *arguments):
 
 def test_notebooks_share_the_cores_and_the_longest_begin_first(made):
     done = orders(made, "PROFILE=digits", "book", "JOBS=2")
-    timed = {path.stem for path in NOTEBOOKS if needs.is_timed(path)}
-    assert {name for _, name, threads in done if threads == "all"} == timed | {"site"} and "speed" in timed
-    assert {threads for *_, threads in done} == {"all", str(max(1, os.cpu_count() // 2))}
-    names = [name for _, name, _ in done]
+    names, share = [name for _, name, _ in done], str(max(1, os.cpu_count() // 2))
+    assert [threads for *_, threads in done] == [share] * len(NOTEBOOKS) + ["all"]
     assert names[: len(needs.LONGEST)] == [*needs.LONGEST] and names[-1] == "site"
     assert sorted(names[:-1]) == sorted(path.stem for path in NOTEBOOKS)
 
@@ -238,7 +236,7 @@ def test_notebooks_share_the_cores_and_the_longest_begin_first(made):
 def test_which_cells_measure_time(tmp_path, cells, clocked):
     (tmp_path / "notebooks").mkdir()
     path = notebook(tmp_path, "it", *cells)
-    assert list(needs.clocked(path).values()) == [False, *clocked] and needs.is_timed(path) is any(clocked)
+    assert list(needs.clocked(path).values()) == [False, *clocked]
 
 
 def test_a_cell_that_measures_time_has_the_cores_alone(tmp_path):
@@ -269,58 +267,6 @@ def test_a_cell_that_measures_time_has_the_cores_alone(tmp_path):
     for thread in (after, again):
         thread.join(5)
     assert sorted(got) == ["alone", "first", "late"]
-
-
-SEES = """
-import json, os, sys
-from pathlib import Path
-seen = {"torch": "torch" in sys.modules, "tpbook": "tpbook" in sys.modules, "word": os.environ.get("WORD")}
-seen |= {"at": os.getcwd(), "pid": os.getpid(), "parent": os.getppid(), "here": sys.path}
-Path(out).write_text(json.dumps(seen))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
-def test_notebooks_of_one_make_have_kernels_that_know_the_libraries(tmp_path):
-    """Each a process of its own, with the environment of who asks; they end with make, and so does what forks them."""
-    (tmp_path / "notebooks").mkdir()
-    for name in ("run.py", "needs.py", "turns.py", "warm.py"):
-        shutil.copy(TOP / "notebooks" / name, tmp_path / "notebooks")
-    for name, cells in {
-        "one": [SEES],
-        "two": [SEES],
-        "clock": ["class bench:\n    run = print\n\n\nbench.run()", SEES],
-    }.items():
-        path = notebook(tmp_path, name, *cells, parameters='out: str = ""')
-        it = nbformat.read(path, as_version=4)
-        it.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(it, path)
-    make, seen = subprocess.Popen(["sleep", "600"]), {}
-    try:
-        for name in ("one", "two", "clock"):
-            command = [
-                sys.executable,
-                "notebooks/run.py",
-                f"notebooks/{name}.ipynb",
-                f"{name}.ipynb",
-                f"out={tmp_path / name}.json",
-            ]
-            env = {**os.environ, "TOGETHER": str(make.pid), "WORD": name, "PYTHONPATH": "/some/folder"}
-            ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-            assert ran.returncode == 0 and "no warm kernel" not in ran.stderr, ran.stderr
-            seen[name] = json.loads((tmp_path / f"{name}.json").read_text())
-        for name, it in seen.items():
-            assert it["torch"] is (name != "clock") and not it["tpbook"]  # what measures time starts cold
-            assert it["word"] == name and it["at"] == str(tmp_path / "notebooks") and "/some/folder" in it["here"]
-        assert seen["one"]["parent"] == seen["two"]["parent"] != seen["clock"]["parent"]
-        assert len({it["pid"] for it in seen.values()}) == 3
-    finally:
-        make.kill()
-        make.wait()
-    gone = time.monotonic() + 30
-    while Path(f"/proc/{seen['one']['parent']}").exists() and time.monotonic() < gone:
-        time.sleep(0.2)
-    assert not Path(f"/proc/{seen['one']['parent']}").exists() and not [*(tmp_path / "_build").glob("warm-*")]
 
 
 def test_what_asks_for_no_profile_runs_once_for_both_editions(made):
