@@ -254,6 +254,8 @@ def test_in_a_browser(page, turn):
             assert width < 1280 or not shown.evaluate(LONG), f"{scheme}: does not fit {width} px"
         found = {} if page in looked_at() else serious(shown, DARK if scheme == "dark" else None)
         assert not found, f"{scheme}: {json.dumps(found, indent=1)}"
+    shown.set_viewport_size({"width": 390, "height": 900})
+    shown.evaluate(DRAWN)
     assert not shown.evaluate(SMALL), "drawn too small for a phone"
     for address, width, column in shown.evaluate(PICTURES):
         assert width > column - 2, f"{address} leaves a phone's column of {column} px empty"
