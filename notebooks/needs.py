@@ -25,9 +25,9 @@ WITH = {
     r"\bledger\.ledger\(": ["book/claims.csv", "book/ledger.csv", *(f"notebooks/results/{name}" for name in SETS)],
     r"/recipes/|/imagenet\.md": ["recipes/*/*.yaml"],
 }
-LONGEST = (  # minutes; in which order is a matter of time alone
-    "tps", "masked-fine-tuning", "a-tour-of-places", "evit", "a-tour-of-keep-ratios", "dynamicvit", "robustness", "imagenet",
-    "hybrid-vits", "speed", "spatial-maps", "all-together", "explorer", "when-tokens-can-go", "lv-vit", "questions-blocks",
+LONGEST = (  # half a minute and more; in which order is a matter of time alone
+    "a-tour-of-keep-ratios", "masked-fine-tuning", "tps", "spatial-maps", "robustness", "evit", "when-tokens-can-go", "imagenet",
+    "dynamicvit", "explorer", "hybrid-vits", "speed", "your-own", "questions-blocks", "paper-and-code-tokens", "questions-speed",
 )  # fmt: skip
 TIMED = r"\b(Timer|bench|perf_counter|interleaved|step_time)\b"
 

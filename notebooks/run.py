@@ -13,6 +13,9 @@ import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
+# garbage of cycles is looked for rarely: what a notebook imports has a million objects, and is none
+RARELY = "--IPKernelApp.exec_lines=__import__('gc').set_threshold(100_000, 20, 20)"
+
 
 def together(source):
     """What papermill is told of a notebook that runs beside others: dict."""
@@ -21,15 +24,16 @@ def together(source):
 
     mine, clocked = turns.Turns(Path(__file__).resolve().parent.parent / "_build"), needs.clocked(source)
     mine.take(alone=False)  # from now on, since a kernel that starts is no quiet neighbour
+    alone = False
 
     def begins(cell, cell_index):
-        if clocked.get(cell.source):
-            mine.take(alone=True)
+        nonlocal alone
+        measures = clocked.get(cell.source, False)
+        if not (alone and measures):  # kept from one cell that measures time to the next
+            mine.take(alone=measures)
+        alone = measures
 
-    def ended(cell, cell_index, execute_reply):
-        mine.take(alone=False)
-
-    return {"on_cell_execute": begins, "on_cell_executed": ended}
+    return {"on_cell_execute": begins}
 
 
 def run(source, target, parameters):
@@ -45,7 +49,7 @@ def run(source, target, parameters):
         # no bar, since several notebooks may run at once
         papermill.execute_notebook(
             source, part, parameters, cwd=str(source.parent), log_output="CI" in os.environ, progress_bar=False,
-            execution_timeout=seconds, **hooks,
+            execution_timeout=seconds, extra_arguments=[RARELY], **hooks,
         )  # fmt: skip
     except PapermillExecutionError as error:
         os.replace(part, failed)

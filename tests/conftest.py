@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import types
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).parent
 FULL = Path(os.environ.get("TPBOOK_FIXTURES", HERE.parent.parent / "shared" / "fixtures"))
 
+gc.set_threshold(100_000, 20, 20)  # what tests import has a million objects, and few are garbage
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))
 
 

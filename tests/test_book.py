@@ -279,8 +279,8 @@ def test_what_notebooks_begin_with(tmp_path):
     (experiments.runs(tmp_path / "out") / "old").mkdir(parents=True)
     assert not experiments.runs(tmp_path / "out").exists() and (tmp_path / "out").is_dir()
 
-    asked = {"epochs": 2, "train_images": 0, "test_images": 7, "imagenette": (500, 250)}
-    assert experiments.size("digits", "slice", **asked) == {"epochs": 2, "train_images": 0, "test_images": 7}
+    asked = {"epochs": 2, "train_images": 0, "test_images": 7, "digits": (400, 100), "imagenette": (500, 250)}
+    assert experiments.size("digits", "slice", **asked) == {"epochs": 2, "train_images": 400, "test_images": 7}
     assert experiments.size("imagenette", "slice", **asked) == {"epochs": 1, "train_images": 500, "test_images": 7}
     assert experiments.size("digits", "recipe", **asked) == {}
 

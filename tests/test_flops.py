@@ -56,7 +56,7 @@ def test_published(row):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counters_agree(small, family):
-    model = small(family)
+    model = small(family, depth=4)
     assert flops.count(model) == flops.closed_form(model)
     assert flops.count(model, (112, 224)) == flops.closed_form(model, (112, 224))
     for method in COUNTED:
@@ -67,7 +67,7 @@ def test_counters_agree(small, family):
                 continue
             if METHODS[method].reduce.rejoins and score == "class_attention":  # of one stage alone
                 continue
-            tpbook.prune(model, method, keep_ratio=(0.6, 1.0, 0.5), score=score)
+            tpbook.prune(model, method, keep_ratio=(0.6, 1.0, 0.5), at=(1, 2, 3), score=score)
             assert flops.count(model) == flops.closed_form(model)
             tpbook.unprune(model)
 

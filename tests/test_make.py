@@ -16,6 +16,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 sys.path.insert(0, str(TOP / "notebooks"))
 import needs  # noqa: E402
+import run  # noqa: E402
 import turns  # noqa: E402
 
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
@@ -267,6 +268,18 @@ def test_a_cell_that_measures_time_has_the_cores_alone(tmp_path):
     for thread in (after, again):
         thread.join(5)
     assert sorted(got) == ["alone", "first", "late"]
+
+
+def test_cells_that_measure_time_in_a_row_keep_their_turn(tmp_path, monkeypatch):
+    """Others get theirs before each cell that does not, and not between two that do."""
+    (tmp_path / "notebooks").mkdir()
+    path, taken = notebook(tmp_path, "it", "x = 1", "bench.run(1)", "bench.run(2)", "y = 2", "z = 3"), []
+    monkeypatch.setattr(turns.Turns, "__init__", lambda self, folder: None)
+    monkeypatch.setattr(turns.Turns, "take", lambda self, alone: taken.append(alone))
+    begins = run.together(path)["on_cell_execute"]
+    for index, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        begins(cell=cell, cell_index=index)
+    assert taken == [False, False, False, True, False, False]
 
 
 def test_what_asks_for_no_profile_runs_once_for_both_editions(made):

@@ -90,13 +90,13 @@ class _Sides(dict):
 
 def _canvas(glyphs, which, fragments, rng):
     """One canvas (56, 56) in [0, 1] and its digit's patches (196,)."""
-    canvas = np.zeros((SIZE, SIZE), np.float32)
-    side = int(rng.choice(list(glyphs)))
+    canvas, sides = np.zeros((SIZE, SIZE), np.float32), list(glyphs)
+    side = sides[rng.integers(len(sides))]
     top, left = rng.integers(0, SIZE - side + 1, 2)
     glyph = glyphs[side][which]
     # fragments: pieces of other digits too small to read
     for _ in range(fragments):
-        source = glyphs[int(rng.choice(list(glyphs)))][rng.integers(len(glyphs))]
+        source = glyphs[sides[rng.integers(len(sides))]][rng.integers(len(glyphs))]
         piece = int(rng.integers(5, 9))
         y, x = rng.integers(0, source.shape[0] - piece + 1, 2)
         v, u = rng.integers(0, SIZE - piece + 1, 2)

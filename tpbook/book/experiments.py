@@ -59,23 +59,22 @@ def backbone(profile):
     return model, data.digits("test") if profile == "digits" else data.nips2017_dev(data.eval_transform(model))
 
 
-def size(profile, budget, *, epochs, train_images, test_images, imagenette):
+def size(profile, budget, *, epochs, train_images, test_images, digits, imagenette):
     """Keys of a recipe that make it no larger than what is asked for, to be passed to `recipes.read`.
 
     Args:
         profile: "digits", "imagenette" or "imagewoof".
         budget: as of `tpbook.training.recipes.budget`; "slice" takes what follows.
-        epochs, train_images, test_images: 0 images are all (digits).
-        imagenette: how many training and test images are taken of photographs where those are 0; of one epoch at most.
+        epochs: of photographs one at most.
+        train_images, test_images: 0 takes what follows.
+        digits, imagenette: a pair each, training and test images; 0 are all.
 
     Returns:
         dict.
     """
-    small = {"epochs": epochs, "train_images": train_images, "test_images": test_images}
-    if of(profile, digits=False, imagenette=True):
-        train, test = imagenette
-        small = {"epochs": min(epochs, 1), "train_images": train_images or train, "test_images": test_images or test}
-    return recipes.budget(budget, **small)
+    train, test = of(profile, digits=digits, imagenette=imagenette)
+    epochs = of(profile, digits=epochs, imagenette=min(epochs, 1))
+    return recipes.budget(budget, epochs=epochs, train_images=train_images or train, test_images=test_images or test)
 
 
 def runs(out):

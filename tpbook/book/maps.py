@@ -52,8 +52,8 @@ def precision(scores, truth):
     Returns:
         (B,) array.
     """
-    above = scores.unsqueeze(1) >= scores.unsqueeze(2)  # (B, N, N)
-    at = (above & truth.unsqueeze(1)).sum(2) / above.sum(2)
+    above = (scores.unsqueeze(1) >= scores.unsqueeze(2)).float()  # (B, N, N)
+    at = (above @ truth.float().unsqueeze(2)).squeeze(2) / above.sum(2)
     return (100 * (at * truth).sum(1) / truth.sum(1)).numpy()
 
 
