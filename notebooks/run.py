@@ -13,7 +13,7 @@ import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-# garbage of cycles is looked for rarely: what a notebook imports has a million objects, and is none
+# what a notebook imports is a million objects, none of them garbage, and every search for garbage looks at them
 RARELY = "--IPKernelApp.exec_lines=__import__('gc').set_threshold(100_000, 20, 20)"
 
 

@@ -15,10 +15,11 @@ from colorspacious import cspace_convert, deltaE
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
+from sklearn.metrics import average_precision_score
 from sphinx.pycode import ModuleAnalyzer
 
 from tpbook import METHODS, moved
-from tpbook.book import diagrams, example, experiments, plots
+from tpbook.book import diagrams, example, experiments, maps, plots
 from tpbook.methods import Method, evit, tps
 
 TOP = Path(__file__).parent.parent
@@ -306,6 +307,15 @@ def test_what_a_chapter_measures_of_a_model(small, images):
         assert torch.allclose(p, logits.softmax(1)[[0, 1], labels], atol=1e-6)
         assert torch.equal(right, experiments.right(model, x, labels))
     assert not any(block._forward_hooks for block in model.blocks)
+
+
+def test_average_precision_is_scikit_learns():
+    """Of equal scores too; and of a patch that stands alone."""
+    scores, truth = torch.randn(20, 49).round(decimals=1), torch.rand(20, 49) < 0.2
+    truth[:, 7] = True
+    scores[0], truth[1] = 0.0, torch.arange(49) == 3
+    want = [100 * average_precision_score(t, s) for s, t in zip(scores.numpy(), truth.numpy())]
+    assert maps.precision(scores, truth) == pytest.approx(want, abs=1e-3)
 
 
 def test_intervals_are_drawn_where_they_are():
