@@ -16,21 +16,25 @@ PROFILE ?= $(if $(photographs),imagenette,digits)
 env := .venv/.ready
 bin := .venv/bin
 out := _build/$(PROFILE)
-notebooks := $(wildcard notebooks/*.ipynb)
 package := $(shell find tpbook -type f -not -path '*/__pycache__/*')
 pages := $(wildcard book/* book/*/* _config.yml _toc.yml)
 javascript := _build/javascript/.ready
-site := $(out)/site/_build/html/index.html
 editions := digits imagenette
+sites := $(editions:%=_build/%/site/_build/html/index.html)
+site := $(out)/site/_build/html/index.html
+asked := $(if $(filter books,$(MAKECMDGOALS)),$(editions),$(PROFILE))
+ifeq ($(filter-out book books serve,$(or $(MAKECMDGOALS),book)),)
+MAKEFLAGS += --jobs=2 # npm beside the notebooks, and one site beside the other
+endif
 
-.PHONY: book books test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators photographs
+.PHONY: book books ran test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators photographs
 .DELETE_ON_ERROR:
 
 book: $(site)
 	@echo "The book ($(PROFILE)) is at $(abspath $(site))"
 
 # both editions at once, which needs the photographs and weights
-books: $(editions:%=_build/%/site/_build/html/index.html)
+books: $(sites)
 
 test: $(env)
 	$(bin)/python -m pytest -n auto --dist worksteal
@@ -110,43 +114,14 @@ $(env): requirements.txt constraints.txt pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# what each notebook depends on, and which of them are alike in all editions and which take long
-_build/needs.mk: notebooks/needs.py $(notebooks) $(package) $(shell find notebooks/results recipes tests/fixtures -type d)
-	@mkdir -p $(@D)
-	@$(PYTHON) $< > $@
+# the notebooks that are out of date, JOBS at a time (2): notebooks/editions.py says which, and when .ran is new
+ran: $(env)
+	$(bin)/python notebooks/editions.py $(asked)
+$(editions:%=_build/%/.ran): ran ;
 
-# all in the order in which they begin
-ordered = $(longest:%=notebooks/%.ipynb) $(filter-out $(longest:%=notebooks/%.ipynb),$(notebooks))
-
-ifeq ($(filter-out book books serve _build/%,$(or $(MAKECMDGOALS),book)),)
-include _build/needs.mk
-
-# the alike run once, as the digits'
-copies := $(alike:%=_build/imagenette/notebooks/%.ipynb)
-$(copies): _build/imagenette/notebooks/%.ipynb: _build/digits/notebooks/%.ipynb
-	mkdir -p $(@D) _build/imagenette/results
-	rm -rf _build/imagenette/results/$*
-	cp -R _build/digits/results/$* _build/imagenette/results
-	cp $< $@
-
-# JOBS notebooks run at a time and share the cores, the longest first; cells that measure time wait until they are alone
-# (notebooks/turns.py)
-JOBS ?= 2
-MAKEFLAGS += --jobs=$(JOBS)
-threads := $(shell $(PYTHON) -c "import os; print(max(1, (os.cpu_count() or 1) // $(JOBS)))")
-ran := $(filter-out $(copies),$(foreach edition,$(if $(filter books,$(MAKECMDGOALS)),$(editions),$(PROFILE)),$(ordered:%=_build/$(edition)/%)))
-endif
-
-# what a notebook writes is in a folder of its name, and goes with it
-define rules
-_build/$(1)/notebooks/%.ipynb: notebooks/%.ipynb $(env)
-	rm -rf _build/$(1)/results/$$*
-	TOGETHER=yes OMP_NUM_THREADS=$$(threads) $(bin)/python notebooks/run.py $$< $$@ profile=$(1) out=../_build/$(1)/results/$$*
-_build/$(1)/site/_build/html/index.html: $(ordered:%=_build/$(1)/%) $(pages) $(package) $(javascript) $(env) | $(ran)
-	$(bin)/python book/render.py _build/$(1)
-	touch $$@
-endef
-$(foreach edition,$(editions),$(eval $(call rules,$(edition))))
+$(sites): _build/%/site/_build/html/index.html: _build/%/.ran $(pages) $(package) $(javascript) $(env)
+	$(bin)/python book/render.py _build/$*
+	touch $@
 
 # what pages load, pinned and checksummed in book/javascript
 $(javascript): book/javascript/package.json book/javascript/package-lock.json

@@ -1,21 +1,19 @@
-"""What each notebook depends on, for make: `python notebooks/needs.py > _build/needs.mk`. Needs nothing but Python.
+"""What each notebook depends on: `python notebooks/needs.py` prints it, `editions.py` asks for it.
 
 A notebook is run again when a file of this repository changed that it imports, at any depth, or that its cells name:
-paths in them are literals, from the notebooks' folder, and what an f-string puts in may be anything. Two lists besides:
+paths in them are literals, from the notebooks' folder, and what an f-string puts in may be anything. Besides:
 
-- `alike`, the notebooks that do nothing with `profile` but begin and write it down: they run once for all editions;
-- `longest`, those that begin first, so that in the end no core waits for one of them.
+- `is_alike`, whether a notebook does nothing with `profile` but begin and write it down: it runs once for all editions;
+- `LONGEST`, those that begin first, so that in the end no core waits for one of them.
 """
 
 import ast
 import json
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
-EDITIONS = ("digits", "imagenette")
 # what is imported by a name that no import statement says: every family that `family_of` may ask
 BY_NAME = {"tpbook/families/registry.py": "tpbook/families/*.py"}
 # what comes with a call or a file: `claims` reads a table, `ledger` all results, and recipes begin with one another
@@ -185,18 +183,6 @@ def clocked(notebook):
     return found
 
 
-def rules(top):
-    """The text that make includes."""
-    notebooks = sorted((top / "notebooks").glob("*.ipynb"))
-    lines = [f"alike := {' '.join(path.stem for path in notebooks if is_alike(path))}"]
-    lines.append(f"longest := {' '.join(LONGEST)}")
-    for path in notebooks:
-        editions = EDITIONS[:1] if is_alike(path) else EDITIONS
-        targets = " ".join(f"_build/{edition}/notebooks/{path.name}" for edition in editions)
-        lines += [f"{targets}: \\", *(f"  {file} \\" for file in needs(path)), ""]
-    everything = sorted({file for path in notebooks for file in needs(path)})
-    return "\n".join([*lines, *(f"{file}:" for file in everything), ""])  # one that is gone asks for no rule
-
-
 if __name__ == "__main__":
-    sys.stdout.write(rules(TOP))
+    for path in sorted((TOP / "notebooks").glob("*.ipynb")):
+        print(f"{path.name}{' (alike)' * is_alike(path)}:", *needs(path), sep="\n  ")

@@ -1,7 +1,6 @@
 """Run one notebook by papermill: `python notebooks/run.py SOURCE TARGET name=value …`.
 
 TARGET appears only when every cell has run; a run that fails leaves `TARGET`'s name with `.failed.ipynb` instead.
-Where TOGETHER is set, as make sets it, those that run at once take turns (`turns.py`).
 """
 
 import os
@@ -17,28 +16,8 @@ from papermill.exceptions import PapermillExecutionError
 RARELY = "--IPKernelApp.exec_lines=__import__('gc').set_threshold(100_000, 20, 20)"
 
 
-def together(source):
-    """What papermill is told of a notebook that runs beside others: dict."""
-    import needs
-    import turns
-
-    mine, clocked = turns.Turns(Path(__file__).resolve().parent.parent / "_build"), needs.clocked(source)
-    mine.take(alone=False)  # from now on, since a kernel that starts is no quiet neighbour
-    alone = False
-
-    def begins(cell, cell_index):
-        nonlocal alone
-        measures = clocked.get(cell.source, False)
-        if not (alone and measures):  # kept from one cell that measures time to the next
-            mine.take(alone=measures)
-        alone = measures
-
-    return {"on_cell_execute": begins}
-
-
-def run(source, target, parameters):
-    """Execute `source` with `parameters` into `target`. → how long it took, in seconds."""
-    hooks = together(source) if "TOGETHER" in os.environ else {}
+def run(source, target, parameters, **hooks):
+    """Execute `source` with `parameters` into `target`, with hooks of papermill. → how long it took, in seconds."""
     part, failed = target.with_suffix(".part.ipynb"), target.with_suffix(".failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     for old in (target, failed):

@@ -15,38 +15,20 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 sys.path.insert(0, str(TOP / "notebooks"))
+import editions  # noqa: E402
+
 import needs  # noqa: E402
-import run  # noqa: E402
 import turns  # noqa: E402
 
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A checkout in which the digits book is up to date, as far as make can see."""
-    top = tmp_path_factory.mktemp("checkout")
-    shutil.copy(TOP / "Makefile", top)
-    shutil.copytree(TOP / "tpbook", top / "tpbook", ignore=shutil.ignore_patterns("__pycache__"))
-    sources = ("notebooks", "book", "recipes", "tests", "pyproject.toml", "requirements.txt", "constraints.txt")
-    for name in (*sources, "_config.yml", "_toc.yml"):
-        (top / name).symlink_to(TOP / name)
-    out = top / "_build/digits"
-    targets = [top / ".venv/.ready", top / "_build/javascript/.ready", out / "site/_build/html/index.html"]
-    for age, target in enumerate((targets[0], *(out / "notebooks" / path.name for path in NOTEBOOKS), *targets[1:])):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.touch()
-        os.utime(target, (time.time() + age,) * 2)
-    return top
-
-
-def again(top, changed):
-    """The notebooks that `make book` would run if a file changed."""
-    command = ["make", "-n", "PROFILE=digits", "TPBOOK_DATA=/nowhere", "-W", changed, "book"]
-    ran = subprocess.run(command, cwd=top, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return set(re.findall(r"run\.py notebooks/([\w-]+)\.ipynb", ran.stdout))
+def again(changed):
+    """The notebooks that the digits book would run if a file changed, and all had been up to date."""
+    gave = {editions.given("digits", path) for path in NOTEBOOKS}
+    runs, _ = editions.due(["digits"], modified=lambda path: 1 if path in gave else 2 * (path == TOP / changed))
+    return {path.stem for _, path in runs}
 
 
 def reads(path):
@@ -72,8 +54,16 @@ def reads(path):
     return {file.relative_to(TOP).as_posix() for file in files}
 
 
-def test_nothing_is_made_twice(made):
-    assert again(made, "README.md") == set()
+def test_nothing_is_made_twice():
+    assert again("README.md") == set()
+
+
+def test_everything_is_made_once():
+    never = editions.due(["digits"], modified=lambda path: float("-inf") if "_build" in path.parts else 0)
+    assert [path for _, path in never[0]] == [
+        *(TOP / f"notebooks/{name}.ipynb" for name in needs.LONGEST),
+        *(path for path in NOTEBOOKS if path.stem not in needs.LONGEST),
+    ]
 
 
 CHANGED = [
@@ -88,18 +78,18 @@ CHANGED = [
 
 
 @pytest.mark.parametrize("changed", CHANGED)
-def test_a_notebook_runs_again_when_what_it_reads_changed(made, changed):
+def test_a_notebook_runs_again_when_what_it_reads_changed(changed):
     """All that name the file, and of the others none."""
     readers = {path.stem for path in NOTEBOOKS if changed in reads(path)}
-    found = again(made, changed)
+    found = again(changed)
     if changed.startswith("recipes"):  # recipes begin with one another
         readers = {path.stem for path in NOTEBOOKS if any(file.startswith("recipes/") for file in reads(path))}
     assert readers and found == readers and len(found) < len(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("changed", ["engine.py", "families/beit.py"])
-def test_every_notebook_runs_again_with_the_package(made, changed):
-    assert again(made, f"tpbook/{changed}") == {path.stem for path in NOTEBOOKS}
+def test_every_notebook_runs_again_with_the_package(changed):
+    assert again(f"tpbook/{changed}") == {path.stem for path in NOTEBOOKS}
 
 
 def imports(path):
@@ -112,12 +102,12 @@ def imports(path):
 def test_a_notebook_does_not_run_again_with_what_it_does_not_import(made, module, asked):
     [changed] = [path.relative_to(TOP) for path in TOP.glob(f"tpbook/**/{module}.py")]
     users = {path.stem for path in NOTEBOOKS if re.search(asked, imports(path))}
-    assert users and again(made, changed.as_posix()) == users < {path.stem for path in NOTEBOOKS}
+    assert users and again(changed.as_posix()) == users < {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.parametrize("changed", ["notebooks/run.py", "tpbook/onnx_graph.py"])
-def test_how_notebooks_are_run_is_none_of_what_they_read(made, changed):
-    assert len(again(made, changed)) <= 0.1 * len(NOTEBOOKS)
+def test_how_notebooks_are_run_is_none_of_what_they_read(changed):
+    assert len(again(changed)) <= 0.1 * len(NOTEBOOKS)
 
 
 RECORD = """
@@ -207,22 +197,42 @@ def test_alike_is_what_only_writes_its_profile_down(tmp_path, cell, alike):
     assert needs.is_alike(notebook(tmp_path, "it", cell, parameters='profile: str = "digits"')) is alike
 
 
-def orders(top, *arguments):
-    """What make would run, in its order: (edition, notebook or "site", threads or "all")."""
-    command = ["make", "-n", "TPBOOK_DATA=/nowhere", "-W", "tpbook/engine.py", *arguments]
-    ran = subprocess.run(command, cwd=top, capture_output=True, text=True)
+@pytest.fixture
+def made(tmp_path):
+    """A checkout in which the books are up to date, as far as make can see, and Python says what it is asked."""
+    shutil.copy(TOP / "Makefile", tmp_path)
+    shutil.copytree(TOP / "tpbook", tmp_path / "tpbook", ignore=shutil.ignore_patterns("__pycache__"))
+    sources = ("book", "pyproject.toml", "requirements.txt", "constraints.txt", "_config.yml", "_toc.yml")
+    for name in sources:
+        (tmp_path / name).symlink_to(TOP / name)
+    targets = (".venv/.ready", "_build/javascript/.ready", "{}/.ran", "{}/site/_build/html/index.html")
+    for age, name in enumerate(targets):
+        for edition in ("digits", "imagenette"):
+            target = tmp_path / name.format(f"_build/{edition}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.touch()
+            os.utime(target, (time.time() - 10 + age,) * 2)
+    (tmp_path / ".venv/bin").mkdir()
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\necho "$@"\ntouch ${WRITES-}\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "goal, changed, rendered",
+    [
+        ("book", "README.md", ""), ("books", "README.md", ""), ("book", "book/evit.md", "digits"),
+        ("books", "tpbook/engine.py", "digits imagenette"), ("books", "_build/imagenette/.ran", "imagenette"),
+    ],
+)  # fmt: skip
+def test_make_asks_for_the_notebooks_and_renders_what_is_new(made, goal, changed, rendered):
+    how = ["-W", changed] if not changed.startswith("_build") else []
+    env = os.environ | {"WRITES": "_build/.none" if how else changed}
+    command = ["make", "--silent", "PROFILE=digits", "TPBOOK_DATA=/nowhere", *how, goal]
+    ran = subprocess.run(command, cwd=made, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    run = r"(?:OMP_NUM_THREADS=(\d+) )?\S+/python (?:notebooks/run\.py notebooks/([\w-]+)\.ipynb|book/render\.py) "
-    found = re.findall(run + r"_build/(\w+)", ran.stdout)
-    return [(edition, name or "site", threads or "all") for threads, name, edition in found]
-
-
-def test_notebooks_share_the_cores_and_the_longest_begin_first(made):
-    done = orders(made, "PROFILE=digits", "book", "JOBS=2")
-    names, share = [name for _, name, _ in done], str(max(1, os.cpu_count() // 2))
-    assert [threads for *_, threads in done] == [share] * len(NOTEBOOKS) + ["all"]
-    assert names[: len(needs.LONGEST)] == [*needs.LONGEST] and names[-1] == "site"
-    assert sorted(names[:-1]) == sorted(path.stem for path in NOTEBOOKS)
+    assert re.findall(r"editions\.py (.+)", ran.stdout) == ["digits" + " imagenette" * (goal == "books")]
+    assert sorted(re.findall(r"render\.py _build/(\w+)", ran.stdout)) == rendered.split()
 
 
 @pytest.mark.parametrize(
@@ -274,29 +284,81 @@ def test_cells_that_measure_time_in_a_row_keep_their_turn(tmp_path, monkeypatch)
     """Others get theirs before each cell that does not, and not between two that do."""
     (tmp_path / "notebooks").mkdir()
     path, taken = notebook(tmp_path, "it", "x = 1", "bench.run(1)", "bench.run(2)", "y = 2", "z = 3"), []
-    monkeypatch.setattr(turns.Turns, "__init__", lambda self, folder: None)
-    monkeypatch.setattr(turns.Turns, "take", lambda self, alone: taken.append(alone))
-    begins = run.together(path)["on_cell_execute"]
+    monkeypatch.setattr(editions.Turns, "__init__", lambda self, folder: None)
+    monkeypatch.setattr(editions.Turns, "take", lambda self, alone: taken.append(alone))
+    begins = editions.taking_turns(path)
     for index, cell in enumerate(nbformat.read(path, as_version=4).cells):
         begins(cell=cell, cell_index=index)
     assert taken == [False, False, False, True, False, False]
 
 
-def test_what_asks_for_no_profile_runs_once_for_both_editions(made):
-    done = orders(made, "books")
-    alike = {path.stem for path in NOTEBOOKS if needs.is_alike(path)}
-    both = [name for _, name, _ in done]
-    assert {name for name in both if both.count(name) == 1} == alike
-    assert {name: both.count(name) for name in both if name not in alike} == {
-        name: 2 for name in {path.stem for path in NOTEBOOKS} - alike | {"site"}
-    }
+def test_what_asks_for_no_profile_runs_once_for_both_editions():
+    alike = {path for path in NOTEBOOKS if needs.is_alike(path)}
+    runs, copies = editions.due(["imagenette"], modified=lambda path: 0 if "_build" in path.parts else 1)
+    assert {path for edition, path in runs if edition == "digits"} == {path for _, path in copies} == alike
+    assert {path for edition, path in runs if edition == "imagenette"} == set(NOTEBOOKS) - alike
+    newer = lambda path: 2 + ("digits" in path.parts) if "_build" in path.parts else 1  # noqa: E731
+    assert editions.due(["digits", "imagenette"], modified=newer) == ([], copies)
 
 
-def test_what_a_notebook_wrote_goes_before_it_runs_again(made):
-    command = ["make", "-n", "PROFILE=digits", "TPBOOK_DATA=/nowhere", "-W", "notebooks/evit.ipynb", "book"]
-    lines = subprocess.run(command, cwd=made, capture_output=True, text=True).stdout.splitlines()
-    runs = next(i for i, line in enumerate(lines) if "run.py notebooks/evit.ipynb" in line)
-    assert lines[runs - 1] == "rm -rf _build/digits/results/evit" and "out=../_build/digits/results/evit" in lines[runs]
+SEES = """
+import json, os, sys
+from pathlib import Path
+seen = {"torch": "torch" in sys.modules, "threads": os.environ["OMP_NUM_THREADS"], "at": os.getcwd()}
+seen |= {"pid": os.getpid(), "parent": os.getppid()}
+Path(out).mkdir(parents=True)
+Path(out, "seen.json").write_text(json.dumps(seen))
+"""
+FAILS = 'assert Path("../ready").exists(), "not yet"'
+
+
+def test_editions_run_what_is_out_of_date(tmp_path):
+    """In a made-up repository: what fails leaves the others whole and runs again, what is alike is copied."""
+    (tmp_path / "notebooks").mkdir()
+    for name in ("editions.py", "needs.py", "run.py", "turns.py", "warm.py"):
+        shutil.copy(TOP / "notebooks" / name, tmp_path / "notebooks")
+    both = 'profile: str = "digits"\nout: str = ""'
+    for name, cells in {"alike": [SEES], "own": ["x = profile[0]", SEES], "fails": [SEES, FAILS]}.items():
+        path = notebook(tmp_path, name, *cells, parameters=both)
+        it = nbformat.read(path, as_version=4)
+        it.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(it, path)
+
+    def ran():
+        command = [sys.executable, "notebooks/editions.py", "digits", "imagenette"]
+        ran = subprocess.run(command, cwd=tmp_path, env={**os.environ, "JOBS": "2"}, capture_output=True, text=True)
+        return ran.returncode, re.findall(r"^(\w+)\.ipynb \(profile=(\w+)", ran.stderr, re.MULTILINE), ran.stderr
+
+    def seen():
+        return {
+            path.relative_to(tmp_path / "_build").parts[::2]: json.loads(path.read_text())
+            for path in (tmp_path / "_build").glob("*/results/*/seen.json")
+        }
+
+    code, names, said = ran()
+    assert code == 1 and "not yet" in said and ("fails", "digits") in names
+    assert not [*tmp_path.glob("_build/*/.ran")]
+    there = {path.name for path in (tmp_path / "_build/digits/notebooks").iterdir()}
+    assert {"alike.ipynb", "fails.failed.ipynb"} <= there and "fails.ipynb" not in there
+    first = seen()["digits", "alike"]
+    assert first["torch"] and first["at"] == str(tmp_path / "notebooks")
+    assert first["threads"] == str(max(1, (os.cpu_count() or 1) // 2))
+
+    (tmp_path / "ready").touch()
+    code, names, said = ran()
+    assert code == 0, said
+    assert ("fails", "digits") in names and ("alike", "digits") not in names and ("alike", "imagenette") not in names
+    found = seen()
+    assert sorted(found) == sorted((e, n) for e in ("digits", "imagenette") for n in ("alike", "fails", "own"))
+    assert found["digits", "alike"] == found["imagenette", "alike"] == first  # ran once, before
+    own, other = found["digits", "own"], found["imagenette", "own"]
+    assert own["pid"] != other["pid"] and own["parent"] != other["parent"]  # a fork for each, and in it the kernel
+    marks = {path: path.stat().st_mtime_ns for path in tmp_path.glob("_build/*/.ran")}
+    assert len(marks) == 2
+    assert ran()[:2] == (0, [])
+    assert marks == {path: path.stat().st_mtime_ns for path in marks}
+    with pytest.raises(ProcessLookupError):  # no kernel outlives its notebook
+        os.kill(own["pid"], 0)
 
 
 @pytest.mark.parametrize("folder, variable", [("a b", ""), ("b", "TPBOOK_DATA=/my data"), ("c", "TPBOOK_WEIGHTS=d e")])
