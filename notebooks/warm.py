@@ -4,6 +4,7 @@ Jupyter asks a provisioner for its kernels; this one asks no new Python, but the
 """
 
 import asyncio
+import atexit
 import gc
 import importlib
 import multiprocessing
@@ -28,6 +29,7 @@ def load():
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a million objects, none of them garbage, that no fork's collector looks at or copies
+    atexit.register(gc.unfreeze)
     factory = KernelProvisionerFactory.instance()
     factory.provisioners["warm"] = EntryPoint("warm", f"{__name__}:Warm", KernelProvisionerFactory.GROUP_NAME)
     factory.default_provisioner_name = "warm"
@@ -53,7 +55,7 @@ class Warm(LocalProvisioner):
     """A kernel on this machine, forked."""
 
     async def launch_kernel(self, cmd, **kwargs):
-        arguments = [*cmd[cmd.index("-f") :], f"--IPKernelApp.parent_handle={os.getpid()}"]
+        arguments = [*cmd[cmd.index("-f") :], "--log-level=50", f"--IPKernelApp.parent_handle={os.getpid()}"]
         self.process = Forked(target=kernel, args=(arguments, kwargs["env"], kwargs.get("cwd") or os.getcwd()))
         self.process.start()
         self.pid = self.pgid = self.process.pid
