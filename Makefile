@@ -65,8 +65,8 @@ row: $(env)
 cost: $(env)
 	$(bin)/python notebooks/run.py notebooks/cost-and-speed.ipynb $(again)/cost-and-speed.ipynb budget=full out=results
 
-# what the chapter on speed shows, each plan with its picture (an hour on two quiet cores); copied when all are done, so
-# that all name the same clean commit
+# what the chapter on speed shows, each plan with its picture (an hour and three quarters on two quiet cores); copied when
+# all are done, so that all name the same clean commit
 bench := $(bin)/python -m tpbook.bench rounds=31
 speed := $(again)/speed
 tiny := deit_tiny_patch16_224

@@ -26,38 +26,37 @@ def modified(path):
     return path.stat().st_mtime if path.exists() else float("-inf")
 
 
-def due(editions, top=TOP, modified=modified):
+def due(editions, modified=modified):
     """What is out of date.
 
     Args:
         editions: their names.
-        top: of the repository.
         modified: path → when it was written.
 
     Returns:
         Two lists of (edition, notebook): those to run, in the order in which they begin, and those to copy from the
         digits' edition.
     """
-    notebooks = {path.stem: path for path in sorted((top / "notebooks").glob("*.ipynb"))}
+    notebooks = {path.stem: path for path in sorted((TOP / "notebooks").glob("*.ipynb"))}
     longest = [name for name in needs.LONGEST if name in notebooks]
     order = [notebooks[name] for name in (*longest, *(name for name in notebooks if name not in longest))]
-    newest = {path: max(modified(top / file) for file in (ENVIRONMENT, *needs.needs(path))) for path in order}
+    newest = {path: max(modified(TOP / file) for file in (ENVIRONMENT, *needs.needs(path))) for path in order}
     alike = {path for path in order if needs.is_alike(path)}
     runs = {("digits" if path in alike else edition, path): None for edition in editions for path in order}
-    runs = [(e, path) for e, path in runs if modified(given(e, path, top)) < newest[path]]
+    runs = [(e, path) for e, path in runs if modified(given(e, path)) < newest[path]]
     copies = [
         (edition, path)
         for edition in editions
         for path in order
         if edition != "digits" and path in alike
-        and (("digits", path) in runs or modified(given(edition, path, top)) < modified(given("digits", path, top)))
+        and (("digits", path) in runs or modified(given(edition, path)) < modified(given("digits", path)))
     ]  # fmt: skip
     return runs, copies
 
 
-def given(edition, path, top=TOP):
+def given(edition, path):
     """The file that a notebook gives."""
-    return top / "_build" / edition / "notebooks" / path.name
+    return TOP / "_build" / edition / "notebooks" / path.name
 
 
 def one(edition, path):

@@ -140,6 +140,7 @@ def read(tree, text, given, top):
             yield from filter(Path.is_file, found.rglob("*") if found.is_dir() else [found])
 
 
+@cache
 def needs(notebook):
     """The files of its repository that a notebook depends on, itself included: sorted list of relative paths."""
     top = notebook.resolve().parent.parent
@@ -153,6 +154,7 @@ def needs(notebook):
     return sorted(path.relative_to(top).as_posix() for path in found)
 
 
+@cache
 def is_alike(notebook):
     """Whether a notebook gives the same in every edition."""
     tree, free = parsed(code(notebook)[0]), set()

@@ -12,8 +12,11 @@ import papermill
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-# what a notebook imports is a million objects, none of them garbage, and every search for garbage looks at them
-RARELY = "--IPKernelApp.exec_lines=__import__('gc').set_threshold(100_000, 20, 20)"
+KERNEL = [
+    # what a notebook imports is a million objects, none of them garbage, and every search for garbage looks at them
+    "--IPKernelApp.exec_lines=__import__('gc').set_threshold(100_000, 20, 20)",
+    "--log-level=ERROR",  # each would warn that it is not encrypted, on a port of this machine alone
+]
 
 
 def run(source, target, parameters, **hooks):
@@ -28,7 +31,7 @@ def run(source, target, parameters, **hooks):
         # no bar, since several notebooks may run at once
         papermill.execute_notebook(
             source, part, parameters, cwd=str(source.parent), log_output="CI" in os.environ, progress_bar=False,
-            execution_timeout=seconds, extra_arguments=[RARELY], **hooks,
+            execution_timeout=seconds, extra_arguments=KERNEL, **hooks,
         )  # fmt: skip
     except PapermillExecutionError as error:
         os.replace(part, failed)

@@ -1,6 +1,7 @@
 """Kernels forked from a process that has imported already what takes seconds to import.
 
-Jupyter asks a provisioner for its kernels; this one asks no new Python, but the one that it is in.
+Jupyter asks a provisioner for its kernels; this one asks no new Python, but the one that it is in. That has imported
+nothing of this repository: a file that changes meanwhile must be what a later notebook imports.
 """
 
 import asyncio
@@ -16,8 +17,8 @@ from importlib.metadata import EntryPoint
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 LIBRARIES = (
-    "accelerate", "fvcore.nn", "ipykernel.kernelapp", "IPython.core.completer", "matplotlib.pyplot", "papermill", "seaborn",
-    "sklearn.metrics", "timm", "tpbook", "transformers",
+    "accelerate", "fvcore.nn", "ipykernel.kernelapp", "matplotlib.pyplot", "papermill", "seaborn", "sklearn.metrics", "timm",
+    "transformers",
 )  # fmt: skip
 
 
@@ -55,18 +56,23 @@ class Warm(LocalProvisioner):
     """A kernel on this machine, forked."""
 
     async def launch_kernel(self, cmd, **kwargs):
-        arguments = [*cmd[cmd.index("-f") :], "--log-level=50", f"--IPKernelApp.parent_handle={os.getpid()}"]
+        arguments = [*cmd[cmd.index("-f") :], f"--IPKernelApp.parent_handle={os.getpid()}"]
         self.process = Forked(target=kernel, args=(arguments, kwargs["env"], kwargs.get("cwd") or os.getcwd()))
         self.process.start()
         self.pid = self.pgid = self.process.pid
         os.setpgid(self.pid, self.pid)  # Jupyter ends a kernel with its group
         return self.connection_info
 
+    async def send_signal(self, signum):
+        if signum != signal.SIGINT:  # which Jupyter sends before it asks a kernel to end, and disturbs its last answer
+            await super().send_signal(signum)
+
 
 def kernel(arguments, env, cwd):
     """Be a kernel of those arguments, environment and folder."""
     from ipykernel.kernelapp import IPKernelApp
 
+    signal.set_wakeup_fd(-1)  # this and the handler are of the process that was forked
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)

@@ -16,7 +16,6 @@ import pytest
 TOP = Path(__file__).parent.parent
 sys.path.insert(0, str(TOP / "notebooks"))
 import editions  # noqa: E402
-
 import needs  # noqa: E402
 import turns  # noqa: E402
 
@@ -99,7 +98,7 @@ def imports(path):
 
 
 @pytest.mark.parametrize("module, asked", [("diagrams", r"\bdiagrams\b"), ("exporting", r"tpbook\.export\(")])
-def test_a_notebook_does_not_run_again_with_what_it_does_not_import(made, module, asked):
+def test_a_notebook_does_not_run_again_with_what_it_does_not_import(module, asked):
     [changed] = [path.relative_to(TOP) for path in TOP.glob(f"tpbook/**/{module}.py")]
     users = {path.stem for path in NOTEBOOKS if re.search(asked, imports(path))}
     assert users and again(changed.as_posix()) == users < {path.stem for path in NOTEBOOKS}
@@ -304,29 +303,42 @@ def test_what_asks_for_no_profile_runs_once_for_both_editions():
 SEES = """
 import json, os, sys
 from pathlib import Path
-seen = {"torch": "torch" in sys.modules, "threads": os.environ["OMP_NUM_THREADS"], "at": os.getcwd()}
-seen |= {"pid": os.getpid(), "parent": os.getppid()}
+seen = {"torch": "torch" in sys.modules, "tpbook": "tpbook" in sys.modules, "at": os.getcwd()}
+seen |= {"threads": os.environ["OMP_NUM_THREADS"], "pid": os.getpid(), "parent": os.getppid()}
 Path(out).mkdir(parents=True)
 Path(out, "seen.json").write_text(json.dumps(seen))
 """
 FAILS = 'assert Path("../ready").exists(), "not yet"'
 
 
-def test_editions_run_what_is_out_of_date(tmp_path):
-    """In a made-up repository: what fails leaves the others whole and runs again, what is alike is copied."""
-    (tmp_path / "notebooks").mkdir()
+def made_up(top, **notebooks):
+    """Write a repository of those notebooks, name → cells. → what `subprocess` is told, to run its editions."""
+    (top / "notebooks").mkdir()
     for name in ("editions.py", "needs.py", "run.py", "turns.py", "warm.py"):
-        shutil.copy(TOP / "notebooks" / name, tmp_path / "notebooks")
-    both = 'profile: str = "digits"\nout: str = ""'
-    for name, cells in {"alike": [SEES], "own": ["x = profile[0]", SEES], "fails": [SEES, FAILS]}.items():
-        path = notebook(tmp_path, name, *cells, parameters=both)
+        shutil.copy(TOP / "notebooks" / name, top / "notebooks")
+    for name, cells in notebooks.items():
+        path = notebook(top, name, *cells, parameters='profile: str = "digits"\nout: str = ""')
         it = nbformat.read(path, as_version=4)
         it.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(it, path)
+    command = [sys.executable, "notebooks/editions.py", "digits", "imagenette"]
+    return {"args": command, "cwd": top, "env": os.environ | {"JOBS": "2"}}
+
+
+def until(holds, seconds=60):
+    """Wait until it holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_editions_run_what_is_out_of_date(tmp_path):
+    """In a made-up repository: what fails leaves the others whole and runs again, what is alike is copied."""
+    begins = made_up(tmp_path, alike=[SEES], own=["x = profile[0]", SEES], fails=[SEES, FAILS])
 
     def ran():
-        command = [sys.executable, "notebooks/editions.py", "digits", "imagenette"]
-        ran = subprocess.run(command, cwd=tmp_path, env={**os.environ, "JOBS": "2"}, capture_output=True, text=True)
+        ran = subprocess.run(**begins, capture_output=True, text=True)
         return ran.returncode, re.findall(r"^(\w+)\.ipynb \(profile=(\w+)", ran.stderr, re.MULTILINE), ran.stderr
 
     def seen():
@@ -341,7 +353,7 @@ def test_editions_run_what_is_out_of_date(tmp_path):
     there = {path.name for path in (tmp_path / "_build/digits/notebooks").iterdir()}
     assert {"alike.ipynb", "fails.failed.ipynb"} <= there and "fails.ipynb" not in there
     first = seen()["digits", "alike"]
-    assert first["torch"] and first["at"] == str(tmp_path / "notebooks")
+    assert first["torch"] and not first["tpbook"] and first["at"] == str(tmp_path / "notebooks")
     assert first["threads"] == str(max(1, (os.cpu_count() or 1) // 2))
 
     (tmp_path / "ready").touch()
@@ -359,6 +371,18 @@ def test_editions_run_what_is_out_of_date(tmp_path):
     assert marks == {path: path.stat().st_mtime_ns for path in marks}
     with pytest.raises(ProcessLookupError):  # no kernel outlives its notebook
         os.kill(own["pid"], 0)
+
+
+def test_editions_end_with_what_they_run(tmp_path):
+    """A make that is killed leaves no notebook running, and nothing that looks whole."""
+    begins = made_up(tmp_path, long=[SEES, "import time\ntime.sleep(600)"])
+    seen = tmp_path / "_build/digits/results/long/seen.json"
+    process = subprocess.Popen(**begins, stderr=subprocess.DEVNULL)
+    until(lambda: seen.exists() and seen.read_text())
+    process.terminate()
+    assert process.wait(60) != 0
+    until(lambda: not Path(f"/proc/{json.loads(seen.read_text())['pid']}").exists())
+    assert not [*(tmp_path / "_build/digits/notebooks").glob("*.ipynb")] and not [*tmp_path.glob("_build/*/.ran")]
 
 
 @pytest.mark.parametrize("folder, variable", [("a b", ""), ("b", "TPBOOK_DATA=/my data"), ("c", "TPBOOK_WEIGHTS=d e")])
