@@ -13,7 +13,8 @@ export TPBOOK_DATA TPBOOK_WEIGHTS
 photographs := $(and $(wildcard $(TPBOOK_DATA)/imagenette2-160),$(wildcard $(TPBOOK_DATA)/nips2017-dev),$(wildcard $(TPBOOK_WEIGHTS)/deit_tiny_patch16_224.safetensors))
 PROFILE ?= $(if $(photographs),imagenette,digits)
 
-env := .venv/.ready
+installed := .venv/.ready
+env := .venv/.kernels
 bin := .venv/bin
 out := _build/$(PROFILE)
 package := $(shell find tpbook -type f -not -path '*/__pycache__/*')
@@ -109,9 +110,14 @@ fast-path: $(env)
 clean:
 	rm -rf _build
 
-$(env): requirements.txt constraints.txt pyproject.toml
+$(installed): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+# and what a stage does on a CPU, compiled
+$(env): $(installed) tpbook/kernels/stage.cpp tpbook/kernels/cpu.py
+	$(bin)/python -m tpbook.kernels.cpu || echo "without them pruned models run by PyTorch's operators alone"
 	touch $@
 
 # the notebooks that are out of date, JOBS at a time (2): notebooks/editions.py says which, and when .ran is new

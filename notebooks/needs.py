@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
-# what is imported by a name that no import statement says: every family that `family_of` may ask
-BY_NAME = {"tpbook/families/registry.py": "tpbook/families/*.py"}
+# what no import statement says: every family that `family_of` may ask, and the source that is compiled
+BY_NAME = {"tpbook/families/registry.py": "tpbook/families/*.py", "tpbook/kernels/cpu.py": "tpbook/kernels/*.cpp"}
 # what comes with a call or a file: `claims` reads a table, `ledger` all results, and recipes begin with one another
 SETS = ("cost-and-speed.json", *(f"{name}/*.json" for name in ("digits", "imagenet", "imagenette", "imagewoof-gpu")))
 WITH = {

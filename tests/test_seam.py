@@ -642,8 +642,9 @@ def test_reentrant_checkpointing_is_refused_in_words(small, method):
 
 @pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
-def test_the_knob_of_a_compiled_model(small, dynamo, method):
+def test_the_knob_of_a_compiled_model(small, dynamo, method, monkeypatch):
     """20 ratios compile at most twice more, and none falls back; each gives the plain model's numbers."""
+    monkeypatch.setattr(tpbook.kernels, "enabled", False)  # which break ties among scores in another way
     model = tpbook.prune(small(depth=2, img_size=224), method, seed=7)
     x, plain, counter = images_of(model, 1), copy.deepcopy(model), CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)

@@ -15,9 +15,9 @@ What is compared runs in one process, in turn, in a new order each round. Of the
 
     × dense       t(dense) / t(pruned)    dense: timm's model as it comes, with fused attention, in the same mode
     efficiency    t(bound) / t(pruned)    bound: the same backbone slices off as many tokens at the same places
-                                          (`sliced`), with fused or explicit attention, whichever is faster; in
-                                          eager mode, and captured: there a graph of kernels is played, and no
-                                          Python runs
+                                          (`sliced`). Each with fused or explicit attention, whichever a few
+                                          rounds before found faster for it; in eager mode, and captured: there
+                                          a graph of kernels is played, and no Python runs
     × eager       t(eager) / t(pruned)    of a compiled model
     × parts       t(pruned) / t(parts)    of a training step that distils: a dense step, and the teacher's forward
 
@@ -135,9 +135,9 @@ def run(plan, say=print, keep=None):
         list of dicts, one for each model, image size, dtype, batch, mode and method ("dense", then the plan's for each
         ρ): "ms" (median), "images_per_second", "memory_mb" (eager), and as `times` gives them "times_dense",
         "efficiency", "times_eager", and of the dense model "times_explicit", fused against explicit attention;
-        "attention", the bound's; "operators", "bytes" and "times_tokens" of a stage, as `a_stage` gives them (eager);
-        "times_parts" of training steps that distil; "compile_seconds", those of a compiled model's first call; "load",
-        the machine's load average before.
+        "attention", which of both "efficiency" took of the "pruned" model and of its "bound"; "operators", "bytes" and
+        "times_tokens" of a stage, as `a_stage` gives them (eager); "times_parts" of training steps that distil;
+        "compile_seconds", those of a compiled model's first call; "load", the machine's load average before.
 
     Raises:
         ValueError, TypeError: a method, ρ or image size that the model cannot have.

@@ -142,28 +142,26 @@ def efficiencies(rows):
     return fig
 
 
+BY = ["PyTorch, fp32", "PyTorch, bf16", "kernels, fp32", "kernels, bf16"]
+"""What runs a stage, and in which dtype."""
+
+
 def stages(counted):
-    """What a stage starts and moves, a bar a method and dtype.
+    """What a stage starts and moves, a bar a method and what runs it.
 
     Args:
-        counted: DataFrame with "method", "dtype", "operators" and "times_tokens".
+        counted: DataFrame with "method", "by" (of `BY`), "operators" and "times_tokens".
 
     Returns:
         matplotlib Figure.
     """
-    order = counted.groupby("method").operators.mean().sort_values().index
-    fig, axes = plt.subplots(2, figsize=(4.9, 1 + 0.5 * len(order)), layout="constrained")
+    order = counted[counted.by == BY[0]].set_index("method").operators.sort_values().index
+    fig, axes = plt.subplots(2, figsize=(4.9, 1 + 0.8 * len(order)), layout="constrained")
     for ax, column, title in zip(axes, ("operators", "times_tokens"), ("operators", "bytes, × those of its tokens")):
         sns.barplot(
-            counted,
-            x=column,
-            y="method",
-            order=order,
-            hue="dtype",
-            ax=ax,
-            palette=["#444444", "#AAAAAA"],
-            errorbar=None,
-        )
+            counted, x=column, y="method", order=order, hue="by", hue_order=BY, ax=ax, errorbar=None,
+            palette=["#444444", "#AAAAAA", "#1F6FB2", "#8FC1E8"],
+        )  # fmt: skip
         ax.set(xlabel=title, ylabel="")
         ax.legend(title=None) if column == "operators" else ax.legend().remove()
     return fig

@@ -8,15 +8,16 @@ with the same attention; the difference is divided by the number of stages. So w
 do is its own: a row of the attention, sizes that later attentions weigh by. A learned score is the bound's too::
 
     an operator   a call that reaches PyTorch's dispatcher below autograd, such as aten.topk. Views of a tensor and
-                  memory that nobody has written to yet are none.
-                  On a GPU a function of `tpbook.kernels.stage` is as many as it starts kernels.
+                  memory that nobody has written to yet are none. Of our own kernels a function is one on a
+                  CPU, and on a GPU as many as it starts.
     its bytes     those of every tensor that it is given and of every one that it returns; what is broadcast counts as
                   it is stored, what is written in place twice, and a lookup reads of its table what it returns.
     × tokens      these bytes over those of the (B, n, C) patch tokens that enter the stage, in their own dtype.
 
-A stage of DynamicViT that keeps k of n tokens is five operators: topk; arange and add, which find the rows of a batch;
-embedding, which looks k rows up and writes them; cat, which puts them behind the class token. The last two read and
-write k rows each, so ρ = 0.7 moves 4 · 0.7 = 2.8 times the stage's tokens, and a little for scores and positions.
+By PyTorch's operators a stage of DynamicViT that keeps k of n tokens is five of them: topk; arange and add, which find
+the rows of a batch; embedding, which looks k rows up and writes them; cat, which puts them behind the class token. The
+last two read and write k rows each, so ρ = 0.7 moves 4 · 0.7 = 2.8 times the stage's tokens, and a little for scores
+and positions. By our kernels it is two, and half of that: rank, and collect, which does the rest.
 
 `TorchDispatchMode` counts, and not `torch.profiler`: it is handed the tensors themselves, of which a profile knows the
 shapes alone, and each operator once. A profile has what an operator calls inside too, and on a GPU kernels, of which a
@@ -30,6 +31,7 @@ import importlib
 import math
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import timm
@@ -37,11 +39,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from .. import kernels
 from ..book import results
-from ..checks import check_name
+from ..checks import check_flag, check_name
 from ..engine import is_pruned, prune
 from ..families import family_of
+from ..kernels import allowed, cpu, with_triton
 from ..tracing import trace
 from ..training.recipes import parse
 from .bound import sliced
@@ -50,7 +52,8 @@ ATEN = torch.ops.aten
 FREE = {
     ATEN.empty, ATEN.empty_like, ATEN.empty_strided, ATEN.new_empty, ATEN.new_empty_strided, ATEN._unsafe_view
 }  # fmt: skip
-LOOKUPS = {ATEN.embedding, ATEN.gather, ATEN.index, ATEN.index_select}
+COLLECT = "tpbook.collect"
+LOOKUPS = {"aten.embedding", "aten.gather", "aten.index", "aten.index_select", COLLECT}
 METHODS = ("dynamicvit", "evit", "topk", "dtps", "etps", "tome", "dpcknn", "evovit", "ats")
 KERNELS = {"row": 2, "rank": 1, "collect": 1, "squeeze": 2}  # of `tpbook.kernels.stage`: how many each starts
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +65,7 @@ class Work(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.operators, self.bytes = Counter(), 0
-        self.kernels = importlib.import_module("tpbook.kernels.stage") if kernels.there else None
+        self.kernels = importlib.import_module("tpbook.kernels.stage") if with_triton else None
 
     def __enter__(self):
         if self.kernels:  # which no dispatcher sees
@@ -80,23 +83,22 @@ class Work(TorchDispatchMode):
     def _kernel(self, name, function, *args, **kwargs):
         with _disable_current_modes():
             returned = function(*args, **kwargs)
-        given, written = _bytes((args, kwargs)), _bytes(returned)
-        if name == "collect":  # a lookup
-            given += min(0, written - _bytes(args[0]))
-        self.operators[f"tpbook.{name}"] += KERNELS[name]
-        self.bytes += given + written
+        self._count(f"tpbook.{name}", KERNELS[name], args, kwargs, returned)
         return returned
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         returned = operator(*args, **(kwargs or {}))
         packet = operator.overloadpacket
         if not operator.is_view and packet not in FREE:
-            given, written = _bytes((args, kwargs)), _bytes(returned)
-            if packet in LOOKUPS:
-                given += min(0, written - _bytes(args[0]))
-            self.operators[str(packet)] += 1
-            self.bytes += given + written
+            self._count(str(packet), 1, args, kwargs, returned)
         return returned
+
+    def _count(self, name, started, args, kwargs, returned):
+        given, written = _bytes((args, kwargs)), _bytes(returned)
+        if name in LOOKUPS and not (name == COLLECT and torch.is_tensor(args[-1])):  # with weights it reads them all
+            given += min(0, written - _bytes(args[0]))
+        self.operators[name] += started
+        self.bytes += given + written
 
 
 def _bytes(tree):
@@ -141,11 +143,14 @@ def a_stage(model, images):
     }  # fmt: skip
 
 
-def measure(model="deit_tiny_patch16_224", method=METHODS, keep_ratio=0.7, dtype=DTYPES[:2], batch=8):
+def measure(model="deit_tiny_patch16_224", method=METHODS, keep_ratio=0.7, dtype=DTYPES[:2], batch=8, kernels=None):
     """`a_stage` of methods and dtypes, each one or several, on random weights and images of seed 0.
 
+    Args:
+        kernels: whether `tpbook.kernels` may run, a bool or several; None is both where those of a CPU are built.
+
     Returns:
-        list of dicts, one a dtype and method.
+        list of dicts, one a choice of kernels, dtype and method.
 
     Raises:
         ValueError, TypeError: an argument that cannot be.
@@ -154,17 +159,22 @@ def measure(model="deit_tiny_patch16_224", method=METHODS, keep_ratio=0.7, dtype
         raise ValueError(f"model must be a timm model (timm.list_models()), got {model!r}")
     if not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be an int of at least 1, got {batch!r}")
+    if kernels is None:
+        kernels = (True, False) if cpu.operators() else (False,)
     methods, dtypes = ((some,) if isinstance(some, str) else tuple(some) for some in (method, dtype))
     for kind in dtypes:
         check_name("dtype", kind, DTYPES)
     rows, shared = [], {"model": model, "keep_ratio": keep_ratio, "batch": batch}
-    for kind in dtypes:
-        for name in methods:
-            torch.manual_seed(0)
-            pruned = prune(timm.create_model(model).eval(), name, keep_ratio=keep_ratio).to(getattr(torch, kind))
-            family = family_of(pruned)
-            images = torch.randn(batch, family.channels(pruned), *family.image_size(pruned)).to(getattr(torch, kind))
-            rows.append({**shared, "dtype": kind, "method": name, **a_stage(pruned, images)})
+    for own, kind, name in product((kernels,) if isinstance(kernels, bool) else kernels, dtypes, methods):
+        check_flag("kernels", own)
+        if own and not cpu.operators():
+            raise ValueError("kernels must be False where they are not built (python -m tpbook.kernels.cpu), got True")
+        torch.manual_seed(0)
+        pruned = prune(timm.create_model(model).eval(), name, keep_ratio=keep_ratio).to(getattr(torch, kind))
+        family = family_of(pruned)
+        images = torch.randn(batch, family.channels(pruned), *family.image_size(pruned)).to(getattr(torch, kind))
+        with allowed(own):
+            rows.append({**shared, "kernels": own, "dtype": kind, "method": name, **a_stage(pruned, images)})
     return rows
 
 
@@ -184,7 +194,8 @@ def main(arguments=None):
         out = keys.pop("out", None)
         rows = measure(**keys)
         for row in rows:
-            print(f"{row['method']:10} {row['dtype']}: {said(row)}")
+            kind = "kernels" if row["kernels"] else "PyTorch"
+            print(f"{row['method']:10} {row['dtype']:8} {kind}: {said(row)}")
         if out:
             results.save(Path(out).parent, Path(out).stem, {"rows": rows})
     except (ValueError, TypeError, OSError) as error:

@@ -29,12 +29,23 @@ def forwards(plan, dense, images, ratio, shared):
     bounded = [mode for mode in modes if mode in ("eager", "captured")]
     pruned = {method: prune(copy_of(dense), method, keep_ratio=ratio) for method in plan.method}
     every = {"dense": dense, **pruned}
-    models = {(mode, method): model for mode in modes for method, model in every.items()}
-    for mode in bounded:
-        models[mode, "dense", "explicit"] = _with_attention(dense, "explicit")
-        for method, attention in product(pruned, ("fused", "explicit")):
-            models[mode, method, attention] = _with_attention(sliced(pruned[method]), attention)
-    calls = {key: _call(key[0], model, images) for key, model in models.items()}
+    calls = {(mode, method): _call(mode, model, images) for mode in modes for method, model in every.items()}
+    attention = {}  # (mode, method, "pruned" or "bound") → the one that is faster for it
+    for mode, (method, model) in product(bounded, every.items()):
+        explicit = _with(("explicit",), mode, model, images)
+        if method == "dense":
+            calls[mode, method, "explicit"] = explicit["explicit"]
+            continue
+        if model.pruning.method.reads or model.pruning.method.score.switches:  # it needs more than the logits
+            explicit = {}
+        ways = {
+            "pruned": {"fused": calls[mode, method], **explicit},
+            "bound": _with(("fused", "explicit"), mode, sliced(model), images),
+        }
+        for what, found in ways.items():
+            attention[mode, method, what] = how = _fastest(found, plan.device)
+            if found[how] is not calls[mode, method]:
+                calls[mode, method, what] = found[how]
 
     compiling = {key: call for key, call in calls.items() if key[0] in ("compiled", "graphs")}
     first = interleaved(compiling, rounds=1, warmup=0, device=plan.device)
@@ -51,9 +62,8 @@ def forwards(plan, dense, images, ratio, shared):
         elif mode in bounded:
             row["times_explicit"] = times(own, seconds[mode, "dense", "explicit"])
         if mode in bounded and method != "dense":
-            bounds = {attention: seconds[mode, method, attention] for attention in ("fused", "explicit")}
-            row["attention"] = min(bounds, key=lambda attention: bounds[attention].median())
-            row["efficiency"] = times(own, bounds[row["attention"]])
+            row["attention"] = {what: attention[mode, method, what] for what in ("pruned", "bound")}
+            row["efficiency"] = times(seconds.get((mode, method, "pruned"), own), seconds[mode, method, "bound"])
         if mode == "eager":
             row["memory_mb"] = peak_memory(calls[mode, method], plan.device) / 1e6
             if method != "dense":
@@ -62,6 +72,12 @@ def forwards(plan, dense, images, ratio, shared):
             row["times_eager"] = times(own, seconds["eager", method])
         rows.append(row)
     return rows
+
+
+def _fastest(calls, device):
+    """The name of the call that takes least time, by a few rounds in turn."""
+    seconds = interleaved(calls, rounds=5, warmup=1, device=device)
+    return min(calls, key=lambda name: seconds[name].median())
 
 
 def _row(plan, shared, mode, method, ratio, seconds, load):
@@ -115,13 +131,16 @@ def _step(given, accelerator, optimizer):
     optimizer.zero_grad()
 
 
-def _with_attention(model, attention):
-    """A copy whose attention is timm's "fused" or "explicit"."""
-    model = copy_of(model)
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = attention == "fused"
-    return model
+def _with(attentions, mode, model, images):
+    """"fused" or "explicit", timm's attention → a forward in one of the modes of a copy of the model that has it."""
+    calls = {}
+    for attention in attentions:
+        variant = copy_of(model)
+        for module in variant.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = attention == "fused"
+        calls[attention] = _call(mode, variant, images)
+    return calls
 
 
 def _call(mode, model, images):
