@@ -10,6 +10,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from tpbook import kernels
+
 HERE = Path(__file__).parent
 FULL = Path(os.environ.get("TPBOOK_FIXTURES", HERE.parent.parent / "shared" / "fixtures"))
 
@@ -25,6 +27,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "operators"])
+def stages(request, monkeypatch):
+    """Both ways that a stage without gradient runs on a CPU: by our kernels, and by PyTorch's operators."""
+    monkeypatch.setattr(kernels, "enabled", request.param)
+    if request.param and not kernels.stage_kernels(torch.zeros(1)):
+        pytest.skip("the kernels are not built")
 
 
 @pytest.fixture

@@ -163,6 +163,7 @@ def test_training_where_no_token_is_drawn(small, images, method):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.usefixtures("stages")
 @pytest.mark.parametrize("method", LEARNED)
 @pytest.mark.parametrize("family", ["deit", "average", "siglip", "dinov2_reg"])
 def test_gather_equals_mask(small, images, family, method, monkeypatch):

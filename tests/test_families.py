@@ -256,7 +256,9 @@ def squeeze(dense, s, x, weights):
     return x, alive
 
 
+@pytest.mark.usefixtures("stages")
 @every_case
+@torch.no_grad()
 def test_removing_tokens_is_hiding_them(name, how):
     model, images = BUILDERS[name]()
     prune(model, how)

@@ -23,6 +23,7 @@ def load(method, tensors, **options):
     return model
 
 
+@pytest.mark.usefixtures("stages")
 @pytest.mark.parametrize("name", CASES)
 def test_eval(official, name):
     method, options = CASES[name]

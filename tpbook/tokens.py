@@ -27,7 +27,7 @@ def travels(cls):
 
     def replace(self, **changes):
         """The same with other items; unlike `_replace` the compiler of torch 2.11 can follow it."""
-        return cls(*(changes.get(name, item) for name, item in zip(cls._fields, self)))
+        return cls(*map(changes.get, cls._fields, self))
 
     def detach(self):
         """The same, without gradient: what hooks of feature extractors do."""

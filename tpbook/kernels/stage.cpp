@@ -45,6 +45,17 @@ void add(float* y, const number* x, float weight, int64_t size) {
   for (int64_t i = 0; i < size; ++i) y[i] += weight * static_cast<float>(x[i]);
 }
 
+// x *= y, and the largest
+float scale(float* x, const float* y, int64_t size) {
+  float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < size; ++i) {
+    x[i] *= y[i];
+    top = std::max(top, x[i]);
+  }
+  return top;
+}
+
 template <typename to, typename from>
 void copy(to* y, const from* x, int64_t size, float weight = 1) {
   for (int64_t i = 0; i < size; ++i) y[i] = static_cast<to>(static_cast<float>(x[i]) * weight);
@@ -163,26 +174,22 @@ std::tuple<Tensor, Tensor> squeeze(const Tensor& given_x, const Tensor& given_or
       const auto floats = x.options().dtype(at::kFloat);
       Tensor tokens = at::empty({n, C}, floats), products = at::empty({p, k}, floats);
       float* token = tokens.data_ptr<float>();  // hosts, then guests
-      std::vector<float> length(n), total(k);
+      std::vector<float> inverse(n), total(k);
       for (int64_t b = begin; b < end; ++b) {
         const number* from = x.const_data_ptr<number>() + b * x.stride(0);
         const int64_t* index = order.const_data_ptr<int64_t>() + b * order.size(1);
         number* y = out.data_ptr<number>() + b * out.stride(0);
         for (int64_t i = 0; i < n; ++i) {
           copy(token + i * C, from + (first + index[i]) * x.stride(1), C);
-          length[i] = std::sqrt(dot(token + i * C, token + i * C, C)) + 1e-6f;
+          inverse[i] = 1 / (std::sqrt(dot(token + i * C, token + i * C, C)) + 1e-6f);
         }
         at::mm_out(products, tokens.narrow(0, k, p), tokens.narrow(0, 0, k).t());
         std::fill(total.begin(), total.end(), 1.f);
         for (int64_t i = 0; i < p; ++i) {
-          const float* product = products.const_data_ptr<float>() + i * k;
-          int64_t host = 0;
-          float top = -INFINITY;  // c times the guest's length, which is the same for every host
-          for (int64_t j = 0; j < k; ++j) {
-            const float similar = product[j] / length[j];
-            if (similar > top) top = similar, host = j;
-          }
-          const float weight = std::exp(top / length[k + i] - 1);
+          float* product = products.data_ptr<float>() + i * k;
+          const float top = scale(product, inverse.data(), k);  // c times the guest's length, the same for every host
+          const int64_t found = std::find(product, product + k, top) - product, host = found < k ? found : 0;  // NaN
+          const float weight = std::exp(top * inverse[k + i] - 1);
           add(token + host * C, token + (k + i) * C, weight, C);
           total[host] += weight;
           hosts.data_ptr<int64_t>()[b * p + i] = host;
