@@ -73,7 +73,7 @@ speed := $(again)/speed
 tiny := deit_tiny_patch16_224
 small := deit_small_patch16_224
 speed: $(env)
-	$(bench) model=[$(tiny),$(small)] dtype=[bfloat16,float32] batch=[1,8] out=$(speed)/ratios.json
+	$(bench) model=[$(tiny),$(small)] dtype=[bfloat16,float32] batch=[1,8] rounds=41 out=$(speed)/ratios.json
 	$(bench) model=$(tiny) mode=training keep_ratio=0.7 dtype=[float32,bfloat16] batch=32 out=$(speed)/training.json
 	$(bench) model=$(tiny) keep_ratio=0.5 dtype=[float32,bfloat16] mode=[eager,compiled] out=$(speed)/compiled.json
 	$(bench) model=[$(tiny),$(small),deit_base_patch16_224] method=evit keep_ratio=0.7 image_size=[224,384,512] batch=1 rounds=11 \

@@ -204,7 +204,8 @@ def made(tmp_path):
     sources = ("book", "pyproject.toml", "requirements.txt", "constraints.txt", "_config.yml", "_toc.yml")
     for name in sources:
         (tmp_path / name).symlink_to(TOP / name)
-    targets = (".venv/.ready", ".venv/.kernels", "_build/javascript/.ready", "{}/.ran", "{}/site/_build/html/index.html")
+    environment = (".venv/.ready", ".venv/.kernels", "_build/javascript/.ready")
+    targets = (*environment, "{}/.ran", "{}/site/_build/html/index.html")
     for age, name in enumerate(targets):
         for edition in ("digits", "imagenette"):
             target = tmp_path / name.format(f"_build/{edition}")
