@@ -24,12 +24,8 @@ using at::Tensor;
 
 namespace {
 
-// `number` is the type that the tensor holds.
 #define OF_ITS_TYPE(tensor, ...) \
-  AT_DISPATCH_SWITCH((tensor).scalar_type(), "tpbook", \
-      AT_DISPATCH_CASE(at::kFloat, [&] { using number = scalar_t; __VA_ARGS__(); }) \
-      AT_DISPATCH_CASE(at::kHalf, [&] { using number = scalar_t; __VA_ARGS__(); }) \
-      AT_DISPATCH_CASE(at::kBFloat16, [&] { using number = scalar_t; __VA_ARGS__(); }))
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (tensor).scalar_type(), "tpbook", __VA_ARGS__)
 
 template <typename number>
 float dot(const float* x, const number* y, int64_t size) {
@@ -84,7 +80,7 @@ Tensor row(const Tensor& given_q, const Tensor& given_k, double scale) {
               "queries and keys must be (B, H, T, D) of one dtype, got ", q.sizes(), " and ", k.sizes());
   Tensor out = at::empty({B, T}, k.options().dtype(at::kFloat));
   OF_ITS_TYPE(k, [&] {
-    const number *queries = q.const_data_ptr<number>(), *keys = k.const_data_ptr<number>();
+    const scalar_t *queries = q.const_data_ptr<scalar_t>(), *keys = k.const_data_ptr<scalar_t>();
     float* means = out.data_ptr<float>();
     at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> query(D), share(T);
@@ -93,7 +89,7 @@ Tensor row(const Tensor& given_q, const Tensor& given_k, double scale) {
         std::fill_n(mean, T, 0.f);
         for (int64_t h = 0; h < H; ++h) {
           copy(query.data(), queries + b * q.stride(0) + h * q.stride(1), D, static_cast<float>(scale));
-          const number* key = keys + b * k.stride(0) + h * k.stride(1);
+          const scalar_t* key = keys + b * k.stride(0) + h * k.stride(1);
           for (int64_t t = 0; t < T; ++t) share[t] = dot(query.data(), key + t * k.stride(2), D);
           const float top = *std::max_element(share.begin(), share.end());
           for (float& x : share) x = std::exp(x - top);
@@ -111,7 +107,7 @@ Tensor rank(const Tensor& scores, int64_t k, bool invert) {
   TORCH_CHECK(0 <= k && k <= n, "k must be from 0 to ", n, ", the number of scores, got ", k);
   Tensor out = at::empty({B, k}, scores.options().dtype(at::kLong));
   OF_ITS_TYPE(scores, [&] {
-    const number* score = scores.const_data_ptr<number>();
+    const scalar_t* score = scores.const_data_ptr<scalar_t>();
     int64_t* order = out.data_ptr<int64_t>();
     at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
       std::vector<uint64_t> keys(n);  // a score whose bits rise as it falls, then its position
@@ -146,9 +142,9 @@ Tensor collect(const Tensor& given_x, const Tensor& given_order, int64_t kept, i
     at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> sum(C);
       for (int64_t b = begin; b < end; ++b) {
-        const number* token = x.const_data_ptr<number>() + b * x.stride(0);
+        const scalar_t* token = x.const_data_ptr<scalar_t>() + b * x.stride(0);
         const int64_t* index = order.const_data_ptr<int64_t>() + b * order.size(1);
-        number* y = out.data_ptr<number>() + b * out.stride(0);
+        scalar_t* y = out.data_ptr<scalar_t>() + b * out.stride(0);
         for (int64_t t = 0; t < stay; ++t)
           std::copy_n(token + (t < first ? t : first + index[t - first]) * x.stride(1), C, y + t * C);
         if (!weights) continue;
@@ -176,9 +172,9 @@ std::tuple<Tensor, Tensor> squeeze(const Tensor& given_x, const Tensor& given_or
       float* token = tokens.data_ptr<float>();  // hosts, then guests
       std::vector<float> inverse(n), total(k);
       for (int64_t b = begin; b < end; ++b) {
-        const number* from = x.const_data_ptr<number>() + b * x.stride(0);
+        const scalar_t* from = x.const_data_ptr<scalar_t>() + b * x.stride(0);
         const int64_t* index = order.const_data_ptr<int64_t>() + b * order.size(1);
-        number* y = out.data_ptr<number>() + b * out.stride(0);
+        scalar_t* y = out.data_ptr<scalar_t>() + b * out.stride(0);
         for (int64_t i = 0; i < n; ++i) {
           copy(token + i * C, from + (first + index[i]) * x.stride(1), C);
           inverse[i] = 1 / (std::sqrt(dot(token + i * C, token + i * C, C)) + 1e-6f);
