@@ -165,7 +165,7 @@ def test_a_model(monkeypatch, method):
     for mine, other in zip(ours.kept, theirs.kept):
         assert torch.equal(mine, other)
     most = {"dynamicvit": (2, 2), "evit": (3, 4), "dtps": (2, 3), "etps": (3, 5)}[method][TRITON]
-    assert counted["operators"] == most and counted["times_tokens"] < 3.5
+    assert counted["operators"] == most and counted["times_tokens"] < 3.1  # EViT reads all that it sums up
 
 
 @HERE

@@ -32,14 +32,13 @@ def forwards(plan, dense, images, ratio, shared):
     calls = {(mode, method): _call(mode, model, images) for mode in modes for method, model in every.items()}
     attention = {}  # (mode, method, "pruned" or "bound") → the one that is faster for it
     for mode, (method, model) in product(bounded, every.items()):
-        explicit = _with(("explicit",), mode, model, images)
         if method == "dense":
-            calls[mode, method, "explicit"] = explicit["explicit"]
+            calls[mode, method, "explicit"] = _with(("explicit",), mode, model, images)["explicit"]
             continue
-        if model.pruning.method.reads or model.pruning.method.score.switches:  # it needs more than the logits
-            explicit = {}
+        parts = model.pruning.method
+        others = () if parts.reads or parts.score.switches else ("explicit",)  # which hands on its logits alone
         ways = {
-            "pruned": {"fused": calls[mode, method], **explicit},
+            "pruned": {"fused": calls[mode, method], **_with(others, mode, model, images)},
             "bound": _with(("fused", "explicit"), mode, sliced(model), images),
         }
         for what, found in ways.items():
