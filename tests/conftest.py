@@ -169,12 +169,13 @@ DARK = ["color-contrast", "link-in-text-block", "link-name", "image-alt", "svg-i
 DARK += ["nested-interactive"]
 
 
-def serious(page, rules=None):
-    """What axe-core finds that shuts somebody out: rule → the elements. `rules`: these alone, else all."""
+def serious(page, rules=None, where="document"):
+    """What axe-core finds that shuts somebody out: rule → the elements. `rules`: these alone, else all; `where`: in
+    JavaScript, the elements to look at, with what is in them."""
     if not page.evaluate("Boolean(window.axe)"):
         page.evaluate(AXE.read_text())
     options = {"resultTypes": ["violations"], "preload": False} | ({"runOnly": rules} if rules else {})
-    found = page.evaluate("options => axe.run(document, options)", options)["violations"]
+    found = page.evaluate(f"options => axe.run({where}, options)", options)["violations"]
     return {
         violation["id"]: [node["html"][:150] for node in violation["nodes"]][:4]
         for violation in found

@@ -69,27 +69,6 @@ def soup_of(page):
     return bs4.BeautifulSoup(page.read_text(), "html.parser")
 
 
-def kinds_of(page):
-    """The kinds of elements that axe tells apart: tag, class, role, names of attributes, own colours, and if empty."""
-    kinds = set()
-    for tag, attributes, empty in re.findall(r"<(\w+)([^<>]*)>(\s*</)?", page.read_text()):
-        known = dict(re.findall(r'([\w:-]+)="([^"]*)"', attributes))
-        colours = re.findall(r"(?:color|background)[^;]*", known.get("style", ""))
-        kinds.add((tag, known.get("class"), known.get("role"), *sorted(known), *colours, bool(empty)))
-    return kinds
-
-
-@functools.cache
-def looked_at():
-    """Pages of another edition that hold nothing of a kind that the page of their address before them has not."""
-    found = set()
-    for page in (page for page in PAGES if page.is_relative_to(SITES[0]) and "_modules" not in page.parts):
-        for twin in (site / page.relative_to(SITES[0]) for site in SITES[1:]):
-            if twin.exists() and kinds_of(twin) <= kinds_of(page):
-                found.add(twin)
-    return found
-
-
 @functools.cache
 def anchors_of(page):
     soup = soup_of(page)
@@ -233,16 +212,41 @@ def smallest(picture, width):
     return plots.SIZE * dots / 72 * width / Image.open(picture).width
 
 
+# the kinds of elements that axe tells apart, of each the first in `window.kinds`: a kind is an element's own and its parent's
+# tag and class, its role, attributes and colours
+KINDS = """() => {
+    const named = e => e && e.tagName + '.' + (e.getAttribute('class') || '').replace(/\\d+/g, '0');
+    window.kinds = {};
+    for (const element of document.querySelectorAll(':not(mjx-container *)')) {
+        const colours = (element.getAttribute('style') || '').match(/(color|background)[^;]*/g);
+        const traits = [element.role, element.getAttributeNames().sort(), colours, !element.firstChild];
+        kinds[[named(element.parentElement), named(element), ...traits].join(' ')] ??= element;
+    }
+    return Object.keys(kinds);
+}"""
+
+
+@pytest.fixture(scope="session")
+def seen():
+    """The kinds of elements that axe has looked at."""
+    return set()
+
+
 @browser_needed
 @every_other_page
-def test_in_a_browser(page, turn):
-    """Light and dark, wide and narrow: nothing fails, nothing sticks out, nobody is shut out."""
+def test_in_a_browser(page, turn, seen):
+    """Light and dark, wide and narrow: nothing fails, nothing sticks out, nobody is shut out.
+
+    Whom it shuts out is asked of kinds of elements that no page before it held; a page by itself is asked as a whole.
+    """
     if page.name == "404.html" or "http-equiv" in page.read_text():
         pytest.skip("lives on a server, or sends on")
     shown = turn(page.as_uri())
     shown.add_style_tag(content="* { transition: none !important }")  # of menus that slide, which is waited for else
+    kinds = set(shown.evaluate(KINDS)) - seen
+    where = f"{json.dumps(sorted(kinds))}.map(kind => kinds[kind])"
     for scheme, widths in {"light": (390, 1280), "dark": (1280, 390)}.items():
-        if scheme == "dark" and page in looked_at():
+        if scheme == "dark" and not kinds:
             break  # no colour and no drawing of a new kind
         shown.emulate_media(color_scheme=scheme)
         shown.wait_for_function(f"document.documentElement.dataset.theme == '{scheme}'")
@@ -252,8 +256,9 @@ def test_in_a_browser(page, turn):
             assert not shown.evaluate(WIDE), f"{scheme}: wider than {width} px"
             assert not shown.evaluate(CUT), f"{scheme}: cut off at {width} px"
             assert width < 1280 or not shown.evaluate(LONG), f"{scheme}: does not fit {width} px"
-        found = {} if page in looked_at() else serious(shown, DARK if scheme == "dark" else None)
+        found = serious(shown, DARK if scheme == "dark" else None, where) if kinds else {}
         assert not found, f"{scheme}: {json.dumps(found, indent=1)}"
+    seen |= kinds
     shown.set_viewport_size({"width": 390, "height": 900})
     shown.evaluate(DRAWN)
     assert not shown.evaluate(SMALL), "drawn too small for a phone"
