@@ -212,8 +212,8 @@ def smallest(picture, width):
     return plots.SIZE * dots / 72 * width / Image.open(picture).width
 
 
-# the kinds of elements that axe tells apart, of each the first in `window.kinds`: a kind is an element's own and its parent's
-# tag and class, its role, attributes and colours
+# the kinds of elements that axe tells apart, each with its first element in `window.kinds`: an element's own and its
+# parent's tag and class, its role, attributes and colours
 KINDS = """() => {
     const named = e => e && e.tagName + '.' + (e.getAttribute('class') || '').replace(/\\d+/g, '0');
     window.kinds = {};

@@ -5,6 +5,7 @@ Chapter: :doc:`/book/notation`
 
 import copy
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..masking import mask, unmask
 from ..pruned import PrunedBlock
 from ..tracing import trace
 from ..training import recipes
+from ..training.setup import fast_attention
 from ..weights import DIGITS, load_backbone
 from . import plots
 
@@ -84,6 +86,20 @@ def runs(out):
     return folder
 
 
+@contextmanager
+def half(model, images):
+    """A context in which a model computes as our recipes train and test it: autocast to bfloat16, attention fast in it.
+
+    On a CPU with instructions for bfloat16, DeiT-Ti takes half of the time.
+
+    Args:
+        model: pruned or not.
+        images: what it is to take; of them, the device counts.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16), fast_attention(model, images):
+        yield
+
+
 @torch.inference_mode()
 def right(model, images, labels, batch=100):
     """Which images a model classifies right.
@@ -107,7 +123,7 @@ def confidence(model, images, labels, batch=100):
     Returns:
         (n,) bool and (n,) float.
     """
-    p = torch.cat([model(x).softmax(1) for x in images.split(batch)])  # (n, classes)
+    p = torch.cat([model(x).float().softmax(1) for x in images.split(batch)])  # (n, classes)
     return p.argmax(1) == labels, p.gather(1, labels[:, None])[:, 0]
 
 
