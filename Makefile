@@ -28,7 +28,7 @@ ifeq ($(filter-out book books serve,$(or $(MAKECMDGOALS),book)),)
 MAKEFLAGS += --jobs=2 # npm beside the notebooks, and one site beside the other
 endif
 
-.PHONY: book books ran test tests serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators photographs
+.PHONY: book books ran test serve clean results workflow row cost speed ledger matrix ablations backbones scratch pretrained fast-path operators photographs
 .DELETE_ON_ERROR:
 
 book: $(site)
@@ -37,9 +37,8 @@ book: $(site)
 # both editions at once, which needs the photographs and weights
 books: $(sites)
 
-# all but those marked slow; `make tests` runs these too, as continuous integration does
-test tests: $(env)
-	$(bin)/python -m pytest -n auto --dist worksteal $(if $(filter test,$@),-m "not slow")
+test: $(env)
+	$(bin)/python -m pytest -n auto --dist worksteal
 
 # on this machine only; a browser allows a server what it refuses from disk
 serve: book

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 import tpbook
 
 
-@pytest.mark.slow
 def test_digits_model_is_as_good_as_it_says():
     claim = json.loads((files("tpbook") / "pretrained" / "vit_digits_patch4_56.json").read_text())
     model, test = tpbook.load_backbone("vit_digits_patch4_56"), tpbook.data.digits("test")

@@ -282,7 +282,6 @@ def test_refusals(arguments, message):
         bench.main(arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_one_graph_for_every_ratio_and_batch(small, images, method):

@@ -74,7 +74,6 @@ def ran(page, name, images, ratio, draws=None):
     return json.loads(page.evaluate(RUN, [name, pixels, list(images.shape), ratio, draws]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_browser_gives_what_pytorch_gives(page, method):
     model = tpbook.load_backbone("vit_digits_patch4_56").eval()

@@ -141,7 +141,6 @@ def can(name, ratios, at):
     return min(ratios) >= method.reduce.least_ratio and not (method.score.lasting and before and at[0] == 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_macs(explorer, family):
     model, page = MODELS[family](), explorer()

@@ -94,7 +94,6 @@ tpbook.prune(timm.create_model("pvt_digits_56"), "random")
 """
 
 
-@pytest.mark.slow
 def test_nothing_but_cvt_needs_transformers():
     ran = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr

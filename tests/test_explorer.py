@@ -123,7 +123,6 @@ def carried_by(page):
     return page.carried
 
 
-@pytest.mark.slow
 @browser_needed
 @every_site
 def test_every_state_shown_is_what_tpbook_computes(site, explorer):
@@ -450,7 +449,6 @@ SEEN = """async ([set, image]) => {
 }"""
 
 
-@pytest.mark.slow
 @browser_needed
 @every_site
 def test_the_page_computes_what_pytorch_computes(site, running):
@@ -525,7 +523,6 @@ DROP = """([name, bytes]) => {
 }"""
 
 
-@pytest.mark.slow
 @browser_needed
 @every_site
 def test_a_picture_is_dropped(site, explorer):
@@ -540,7 +537,6 @@ def test_a_picture_is_dropped(site, explorer):
     assert not page.locator("#explorer-run").is_visible() and not page.wrong
 
 
-@pytest.mark.slow
 @browser_needed
 @every_site
 def test_a_picture_of_the_readers_own(site, running):

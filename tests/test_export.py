@@ -144,7 +144,6 @@ def test_counts_of_many_stages():
             ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.filterwarnings("ignore:keep_ratio")
 def test_digits(name, tmp_path):
@@ -181,7 +180,6 @@ CONSTANT = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method, wish", CONSTANT)
 @torch.no_grad()
 def test_one_ratio_makes_every_count_a_constant(small, images, tmp_path, recwarn, method, wish):
@@ -247,7 +245,6 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family, method", CASES)
 def test_families(small, images, tmp_path, family, method):
     model = pruned(small(family), method)
@@ -258,7 +255,6 @@ def test_families(small, images, tmp_path, family, method):
 NORMAL = [name for name in BUILDERS if name.split("_")[0] in ("vit", "lvvit", "t2t", "ps", "eva", "beit", "naflex")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMAL)
 @torch.no_grad()
 def test_timm_families(tmp_path, name):
@@ -306,7 +302,6 @@ def test_dynamic_image_size_is_fixed(small, tmp_path):
         run(runtime, torch.randn(2, 3, 64, 128), 0.7)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at", [(2,), (1, 2, 3, 5), (0, 1, 2, 3, 4, 5)])
 @pytest.mark.parametrize("method", ["evit", "etps", "random"])
 @pytest.mark.filterwarnings("ignore:keep_ratio")

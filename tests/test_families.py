@@ -353,7 +353,6 @@ def test_compiled_whole_it_says_the_same(name, how):
         torch.testing.assert_close(answer(compiled, images), eager, atol=1e-6, rtol=0)
 
 
-@pytest.mark.slow
 @every_model
 def test_cost_counted_is_cost_by_arithmetic(name):
     model, _ = BUILDERS[name]()

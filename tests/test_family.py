@@ -490,7 +490,6 @@ def can(name, method):
     return method in ("tome", "dpcknn") or family.has_class_token(model)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, method", [(name, method) for name in BUILDERS for method in MERGES if can(name, method)]
 )
@@ -778,7 +777,6 @@ def test_gmacs_of_tome(name, printed):
         assert cost.matching == pairs * 64
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", PREFIXES)
 @pytest.mark.parametrize("method, options", [
     ("tome", {"r": 5}), ("tome", {"r": [7, 0, 3]}), ("tome", {"keep_ratio": 0.6}),

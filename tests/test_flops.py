@@ -54,7 +54,6 @@ def test_published(row):
         pytest.fail(f"unknown cause {row['cause']!r}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counters_agree(small, family):
     model = small(family, depth=4)

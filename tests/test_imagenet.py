@@ -253,7 +253,6 @@ def arguments(command, home):
     return [command.recipe, *(f"{key}={value}" for key, value in pairs.items())]
 
 
-@pytest.mark.slow
 @every
 def test_dry_run(command, dry, reader):
     result, recipe = dry(command), command.read()
@@ -272,7 +271,6 @@ def test_check_changes_nothing(dry, reader):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.slow
 def test_accelerate_launch(reader, tmp_path):
     """The command line itself, at DeiT-Ti's real width, with a CPU instead of eight GPUs."""
     home, command = reader[0], COMMANDS["etps/tiny-at369-0.7"]

@@ -31,7 +31,6 @@ HERE = pytest.mark.skipif(not TRITON and cpu.operators() is None, reason="nobody
 BY_TRITON = pytest.mark.skipif(not TRITON, reason="runs in the interpreter, above")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(TRITON, reason="runs in this process")
 def test_in_the_interpreter():
     pytest.importorskip("triton")

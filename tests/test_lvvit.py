@@ -331,7 +331,6 @@ def stored(tmp_path, monkeypatch):
     return model
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_weights_from_a_file(stored):
     x = torch.randn(1, 3, 224, 224)

@@ -122,7 +122,6 @@ print(json.dumps(sorted(f for f in files if f.startswith(("tpbook/", "notebooks/
 """
 
 
-@pytest.mark.slow
 def test_what_python_opens_is_among_what_make_knows():
     """The imports of a notebook, run: every module and file that Python then asks for is in its list."""
     path = TOP / "notebooks/your-own.ipynb"
@@ -335,7 +334,6 @@ def until(holds, seconds=60):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
 def test_editions_run_what_is_out_of_date(tmp_path):
     """In a made-up repository: what fails leaves the others whole and runs again, what is alike is copied."""
     begins = made_up(tmp_path, alike=[SEES], own=["x = profile[0]", SEES], fails=[SEES, FAILS])
@@ -376,7 +374,6 @@ def test_editions_run_what_is_out_of_date(tmp_path):
         os.kill(own["pid"], 0)
 
 
-@pytest.mark.slow
 def test_editions_end_with_what_they_run(tmp_path):
     """A make that is killed leaves no notebook running, and nothing that looks whole."""
     begins = made_up(tmp_path, long=[SEES, "import time\ntime.sleep(600)"])

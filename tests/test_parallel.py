@@ -81,7 +81,6 @@ def two(tmp_path_factory):
     return torch.load(folder / "gradients.pt")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(two, case):
     one = gradients(case, 0, 1)

@@ -87,7 +87,6 @@ def in_threads(work, count=4):
         raise errors[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", COUNTED)
 def test_threads(small, restless, method):
     """600 requests of four threads, of two image sizes, on one model: none is answered wrongly."""
@@ -261,7 +260,6 @@ def sharded(tmp_path_factory):
     return torch.load(folder / "got.pt")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("order", ["pruned, then sharded", "sharded, then pruned"])
 @pytest.mark.parametrize("method", SHARDED)
 def test_fsdp(sharded, method, order):
@@ -474,7 +472,6 @@ def dynamo():
     torch.compiler.reset()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_compiled_blocks(small, dynamo, method):
@@ -643,7 +640,6 @@ def test_reentrant_checkpointing_is_refused_in_words(small, method):
 # ---------------------------------------------------------------------------- compilers
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_the_knob_of_a_compiled_model(small, dynamo, method, monkeypatch):
@@ -692,7 +688,6 @@ def test_a_ratio_that_warns_compiles(small, dynamo, method):
     torch.testing.assert_close(compiled(x), want, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", [None, "evit", "dtps"])
 @torch.no_grad()
 def test_trace_of_a_compiled_model(small, dynamo, method):
@@ -717,7 +712,6 @@ def test_trace_of_a_compiled_model(small, dynamo, method):
     assert t.features is features
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", COUNTED)
 @torch.no_grad()
 def test_torch_export(small, dynamo, method):

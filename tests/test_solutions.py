@@ -21,7 +21,6 @@ def test_every_chapter_has_solutions():
     assert sorted(chapters) == PAGES and len(PAGES) >= 7
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_solutions(page, monkeypatch):
     monkeypatch.chdir(TOP)

@@ -108,7 +108,6 @@ def test_recipe_files(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
@@ -279,7 +278,6 @@ def stopped(stopped_once, tmp_path):
     return shutil.copytree(stopped_once, tmp_path / "run")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys", [{"mask_ratio": [0.2, 0.8], "ema": 0.9, "accumulate": 2}, {"method": "dtps", "keep_ratio": 0.3}]
 )
@@ -465,7 +463,6 @@ AUGMENTED = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_photographs_with_augmentation_repeat(photographs, workers):
     ends = [go(photographs / str(i), **AUGMENTED, head="data", workers=workers)["last"]["total"] for i in range(2)]

@@ -94,7 +94,7 @@ def half(model, images):
 
     Args:
         model: pruned or not.
-        images: what it is to take; their device is where autocast applies.
+        images: what it is to take; of them, the device counts.
     """
     with torch.autocast(images.device.type, torch.bfloat16), fast_attention(model, images):
         yield
