@@ -189,6 +189,7 @@ def chromium():
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
+        gc.collect()  # a loader's worker that still lives holds the pipe whose end the browser's driver waits for
         browser.close()
 
 

@@ -18,7 +18,7 @@ from matplotlib.text import Annotation
 from sklearn.metrics import average_precision_score
 from sphinx.pycode import ModuleAnalyzer
 
-from tpbook import METHODS, moved, prune
+from tpbook import METHODS, moved
 from tpbook.book import diagrams, example, experiments, maps, plots
 from tpbook.methods import Method, evit, tps
 
@@ -307,20 +307,6 @@ def test_what_a_chapter_measures_of_a_model(small, images):
         assert torch.allclose(p, logits.softmax(1)[[0, 1], labels], atol=1e-6)
         assert torch.equal(right, experiments.right(model, x, labels))
     assert not any(block._forward_hooks for block in model.blocks)
-
-
-def test_half(small, images):
-    """Products in bfloat16, attention explicit, since it is faster so; afterwards all is as it was."""
-    model = prune(small("deit"), "evit", keep_ratio=0.5)
-    x = images(model)
-    with torch.no_grad(), experiments.half(model, x):
-        half = model(x)
-        assert not any(block.attn.fused_attn for block in model.blocks)
-    with torch.no_grad():
-        whole = model(x)
-    assert half.dtype is torch.bfloat16 and whole.dtype is torch.float32
-    assert 0 < (half - whole).abs().max() < 0.05 * whole.abs().max()
-    assert all(block.attn.fused_attn for block in model.blocks)
 
 
 def test_average_precision_is_scikit_learns():

@@ -59,7 +59,7 @@ def test_counters_agree(small, family):
     model = small(family, depth=4)
     assert flops.count(model) == flops.closed_form(model)
     assert flops.count(model, (112, 224)) == flops.closed_form(model, (112, 224))
-    for method in COUNTED if family == "deit" else ("evit", "dtps", "tome"):  # all in one family, each kind in all
+    for method in COUNTED:
         if METHODS[method].chooses.varies:  # of images; `test_family.py`
             continue
         for score in ("predictor", "class_attention", "static"):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 import tpbook
 from tpbook import data
-from tpbook.book import experiments, looks, panels, photographs, results, states, widgets
+from tpbook.book import looks, panels, photographs, results, states, widgets
 
 TOP = Path(__file__).parent.parent
 FOLDER = TOP / "book/photographs"
@@ -238,9 +238,8 @@ def test_evit_without_training():
     assert (dense.numpy() != committed[::5]).sum() <= 1
     tpbook.prune(model, "evit")
     for images, labels in DataLoader(photographs, batch_size=50):
-        with experiments.half(model, images):
-            for ratio in right:
-                model.keep_ratio = ratio
-                right[ratio] += (model(images).argmax(1) == labels).sum().item()
+        for ratio in right:
+            model.keep_ratio = ratio
+            right[ratio] += (model(images).argmax(1) == labels).sum().item()
     percent = {ratio: n / 10 for ratio, n in right.items()}
     assert percent == pytest.approx({0.7: 79.8, 0.3: 38.8}, abs=0.3)

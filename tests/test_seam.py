@@ -33,6 +33,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import tpbook
+from tpbook import train
 from tpbook.attention import heard
 from tpbook.methods import METHODS, SCORES, Method
 from tpbook.methods.baselines import static_scores
@@ -858,6 +859,20 @@ def test_the_gradient_of_a_squeezing_decision():
         grads[0][i], grads[1][i] = by_p * (1 - after[i]), -by_p * alive[i]
     for mine, theirs in zip(got, grads):
         torch.testing.assert_close(mine[0], theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_models_of_no_recipe_compute_in_half(small, images):
+    """Products in bfloat16, attention explicit, since it is faster so; afterwards all is as it was."""
+    model = tpbook.prune(small("deit"), "evit", keep_ratio=0.5)
+    x = images(model)
+    with torch.no_grad(), train.half(model, x):
+        rounded = model(x)
+        assert not any(block.attn.fused_attn for block in model.blocks)
+    with torch.no_grad():
+        whole = model(x)
+    assert rounded.dtype is torch.bfloat16 and whole.dtype is torch.float32
+    assert 0 < (rounded - whole).abs().max() < 0.05 * whole.abs().max()
+    assert all(block.attn.fused_attn for block in model.blocks)
 
 
 def test_attention_is_as_before_after_an_exception(small, half):

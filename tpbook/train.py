@@ -21,11 +21,11 @@ from pathlib import Path
 from .training.loop import evaluate, load, predict, run, taught, terms_of, test_tensors
 from .training.models import adapt, build, lookup_of, names_of, new_model, teacher_of
 from .training.recipes import Recipe, parse
-from .training.setup import fast_attention, load_data, loader_of, optimizer_of
+from .training.setup import fast_attention, half, load_data, loader_of, optimizer_of
 
 __all__ = [
-    "adapt", "build", "evaluate", "fast_attention", "load", "load_data", "loader_of", "lookup_of", "main", "names_of",
-    "new_model", "optimizer_of", "predict", "run", "taught", "teacher_of", "terms_of", "test_tensors",
+    "adapt", "build", "evaluate", "fast_attention", "half", "load", "load_data", "loader_of", "lookup_of", "main",
+    "names_of", "new_model", "optimizer_of", "predict", "run", "taught", "teacher_of", "terms_of", "test_tensors",
 ]  # fmt: skip
 
 

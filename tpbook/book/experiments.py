@@ -5,7 +5,6 @@ Chapter: :doc:`/book/notation`
 
 import copy
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from ..masking import mask, unmask
 from ..pruned import PrunedBlock
 from ..tracing import trace
 from ..training import recipes
-from ..training.setup import fast_attention
 from ..weights import DIGITS, load_backbone
 from . import plots
 
@@ -84,20 +82,6 @@ def runs(out):
     folder = Path(out) / "runs"
     shutil.rmtree(folder, ignore_errors=True)
     return folder
-
-
-@contextmanager
-def half(model, images):
-    """A context in which a model computes as our recipes train and test it: autocast to bfloat16, attention fast in it.
-
-    On a CPU with instructions for bfloat16, DeiT-Ti takes half of the time.
-
-    Args:
-        model: pruned or not.
-        images: what it is to take; of them, the device counts.
-    """
-    with torch.autocast(images.device.type, torch.bfloat16), fast_attention(model, images):
-        yield
 
 
 @torch.inference_mode()

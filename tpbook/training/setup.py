@@ -141,6 +141,20 @@ def fast_attention(model, images):
             attn.fused_attn = True
 
 
+@contextlib.contextmanager
+def half(model, images):
+    """A context in which a model computes as it does under a recipe with `precision: bf16`.
+
+    That is autocast to bfloat16, with `fast_attention`. For a test of a model that no recipe trained.
+
+    Args:
+        model: pruned or not.
+        images: what it is to take, (B, C, H, W), or tokens; their device counts.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16), fast_attention(model, images):
+        yield
+
+
 def _half_on_cpu(images):
     """The half precision that attention will compute in, or None: on a GPU, or in float32."""
     if not images.is_cpu:
