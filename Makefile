@@ -112,7 +112,7 @@ clean:
 
 $(installed): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(bin)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt # Python does so as it imports
 	touch $@
 
 # and what a stage does on a CPU, compiled

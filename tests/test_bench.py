@@ -11,7 +11,7 @@ import torch
 from builders import BUILDERS, COUNTED, answer
 
 import tpbook
-from tpbook import bench, plan
+from tpbook import bench, plan, train
 from tpbook.kernels import allowed, cpu
 from tpbook.methods.parts import Method, Score
 from tpbook.timing import clock
@@ -195,6 +195,22 @@ def test_rows_of_training(capsys):
     assert "× parts" in capsys.readouterr().out
 
 
+def test_steps_of_masked_fine_tuning(monkeypatch):
+    """What is timed as "masked" is the recipe's step on a masked model, and the dense step is none."""
+    taught, terms_of = set(), train.terms_of
+
+    def told(recipe, accelerator, wrapped, model, *given):
+        taught.add((recipe.mask_ratio, getattr(model, "mask_ratio", None)))
+        return terms_of(recipe, accelerator, wrapped, model, *given)
+
+    monkeypatch.setattr(train, "terms_of", told)
+    plan = bench.Plan(model=TINY, mode="training", method="masked", batch=2, keep_ratio=0.3, rounds=2, warmup=0)
+    dense, masked = bench.run(plan)
+    assert taught == {(0, None), (0.7, 0.7)}
+    assert masked["method"] == "masked" and masked["keep_ratio"] == 0.3
+    assert masked["times_dense"][0] > 0 and "times_parts" not in masked
+
+
 def test_another_family_at_another_size_with_a_ratio_a_stage(tmp_path, capsys):
     out, name = tmp_path / "bench.json", "eva02_tiny_patch14_224"
     words = [f"model={name}", "image_size=56", "batch=1", "method=[dynamicvit,random]", "warmup=0", "rounds=2"]
@@ -270,6 +286,12 @@ def test_help(capsys):
         (
             [f"model={TINY}", "mode=training", "dtype=float16"],
             "dtype must be float32 or bfloat16 for training on a CPU",
+        ),
+        ([f"model={TINY}", "method=masked"], "method 'masked' needs mode=training, got eager"),
+        ([f"model={TINY}", "method=masked", "mode=training", "keep_ratio=1.5"], r"keep_ratio must lie .* got 1.5"),
+        (
+            [f"model={TINY}", "method=masked", "mode=training", "keep_ratio=[[0.7,0.5,0.3]]"],
+            r"keep_ratio must be one number for method 'masked', got \[0.7, 0.5, 0.3\]",
         ),
         (["device=gpu"], "device must be one of PyTorch's, such as cpu or cuda:1, got 'gpu'"),
         (["device=cuda:99"], "device must be one that is there, got 'cuda:99'"),

@@ -55,3 +55,7 @@ def test_for_a_page(folder):
         "EViT, ρ = 0.7": {"training, float32": "1.44 × [1.43, 1.45]"},
         "EViT, ρ = 0.5": {"eager, float32": "1.90 × [1.80, 2.00]"},
     }
+    later = json.loads((folder / "b.json").read_text())
+    later["run"]["commit"] = "def"
+    (folder / "b.json").write_text(json.dumps(later))
+    assert clocks.made(folder) == "CPU, 2 threads, PyTorch 2.15.0, 2026-11-22, commits abc and def"

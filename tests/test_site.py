@@ -94,6 +94,8 @@ def test_page(page):
     for words in article.find_all(["p", "figcaption", "td"]) if page.name != "api.html" else []:
         assert not ONE.search(words.get_text()), words
     assert not article.select(".problematic, .system-message, .cell_output .stderr")
+    for code in article.select(".highlight-python pre"):
+        assert re.search(r"^\S", code.get_text(), re.MULTILINE), f"indented: {code.get_text()}"
     for output in article.select(".cell_output"):
         assert output.get_text(strip=True) or output.find(["img", "svg", "object"]), "an empty output"
     for tag, attribute in (("a", "href"), ("img", "src"), ("script", "src"), ("link", "href")):

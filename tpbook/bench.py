@@ -4,6 +4,7 @@
     python -m tpbook.bench model=deit_small_patch16_224 batch=[8,32] dtype=[float32,bfloat16] out=bench.json
     python -m tpbook.bench method=[evit] keep_ratio=[0.7] image_size=[224,384,512] mode=[eager,compiled]
     python -m tpbook.bench mode=training batch=32 dtype=bfloat16      # training steps; half precision by autocast
+    python -m tpbook.bench mode=training batch=32 method=masked       # of masked fine-tuning; ρ of the patches visible
 
 Every key takes one value or a list, and every combination is measured; `Plan` has them all. A ratio a stage is a list
 in the list, `keep_ratio=[[0.7,0.5,0.3]]`. With `out=NAME.json` the rows are written there, with where and when they
@@ -39,8 +40,10 @@ import timm
 import torch
 
 from .book import results
+from .checks import check_keep_ratio
 from .engine import prune, unprune
 from .families import family_of
+from .masking import mask, unmask
 from .timing.bound import sliced
 from .timing.clock import interleaved, peak_memory, said, times
 from .timing.operators import said as counted
@@ -65,7 +68,7 @@ class Plan:
     dtype: tuple = ("float32",)  # of DTYPES: weights, input and arithmetic; of training steps, that of autocast
     image_size: tuple = (0,)  # pixels; 0 is the model's own
     mode: tuple = ("eager",)  # of MODES: "compiled" by torch.compile, "captured" as a CUDA graph, "graphs" both,
-    # "training" steps
+    # "training" steps, which alone know the method "masked", masked fine-tuning
     device: str = "cpu"
     threads: int = 0  # 0 leaves PyTorch's
     rounds: int = 30
@@ -95,6 +98,8 @@ class Plan:
             raise ValueError(
                 "dtype must be float32 or bfloat16 for training on a CPU, got 'float16': it has no autocast to it"
             )
+        if "masked" in self.method and set(self.mode) != {"training"}:
+            raise ValueError(f"method 'masked' needs mode=training, got {', '.join(self.mode)}")
         for name in self.model:
             if not timm.is_model(name):
                 raise ValueError(f"model must be a timm model (timm.list_models()), got {name!r}")
@@ -119,6 +124,11 @@ class Plan:
             dense = _dense(name, size)
             family_of(dense)
             for method, ratio in product(self.method, self.keep_ratio):
+                if method == "masked":
+                    if isinstance(ratio, tuple):
+                        raise ValueError(f"keep_ratio must be one number for method 'masked', got {list(ratio)}")
+                    unmask(mask(dense, 1 - check_keep_ratio(ratio, 1)))
+                    continue
                 sliced(prune(dense, method, keep_ratio=ratio))
                 unprune(dense)
 

@@ -35,9 +35,12 @@ def read(folder, *, model="deit_tiny_patch16_224", image_size=224, batch=32):
 
 def made(folder):
     """Where and when, for a caption: "CPU, 2 threads, PyTorch 2.15.0, 2026-11-22, commit f152fd8d5027"."""
-    runs = [json.loads(path.read_text())["run"] for path in sorted(Path(folder).glob("*.json"))]
-    said = ("{device}, {threads} threads, PyTorch {torch}, {date}, commit {commit}".format(**run) for run in runs)
-    return "; ".join(dict.fromkeys(said))
+    commits = {}  # of each place and day
+    for path in sorted(Path(folder).glob("*.json")):
+        run = json.loads(path.read_text())["run"]
+        where = "{device}, {threads} threads, PyTorch {torch}, {date}".format(**run)
+        commits.setdefault(where, {})[run["commit"]] = None
+    return "; ".join(f"{where}, commit{'s' * (len(of) > 1)} {' and '.join(of)}" for where, of in commits.items())
 
 
 def said(ratio):

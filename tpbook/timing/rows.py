@@ -97,14 +97,8 @@ def training_steps(plan, dense, images, ratio, shared):
     images, labels = images.float(), torch.randint(dense.num_classes, (len(images),), device=images.device)
     teacher = copy.deepcopy(dense).float().requires_grad_(False)
     calls = {"teacher": functools.partial(train.taught, accelerator, teacher, images)}
-    for method in ("dense", *plan.method):
-        recipe = Recipe(model=shared["model"], precision=precision)
-        if method != "dense":
-            parts = METHODS[method]
-            recipe = replace(
-                recipe, method=method, keep_ratio=ratio, teacher="start" if parts.distils else "",
-                token_loss=parts.reduce.token_loss,
-            )  # fmt: skip
+    recipes = {method: _recipe(method, ratio, shared["model"], precision) for method in ("dense", *plan.method)}
+    for method, recipe in recipes.items():
         model = train.adapt(recipe, copy.deepcopy(dense).float()).to(images.device).train()
         wrapped, optimizer = accelerator.prepare(model, train.optimizer_of(recipe, model))
         given = (recipe, accelerator, wrapped, model, teacher if recipe.teacher else None, images, labels)
@@ -113,15 +107,29 @@ def training_steps(plan, dense, images, ratio, shared):
     load = os.getloadavg()[0]
     seconds = interleaved(calls, plan.rounds, plan.warmup, plan.device)
     rows = []
-    for method in ("dense", *plan.method):
+    for method, recipe in recipes.items():
         own = seconds[method]
         row = _row(plan, shared, "training", method, ratio, own, load)
         if method != "dense":
             row["times_dense"] = times(own, seconds["dense"])
-        if method != "dense" and METHODS[method].distils:
+        if recipe.teacher:
             row["times_parts"] = times(seconds["dense"] + seconds["teacher"], own)
         rows.append(row)
     return rows
+
+
+def _recipe(method, ratio, model, precision):
+    """What trains the dense model, a method at ρ, or by the name "masked" a model of whose patches ρ are visible."""
+    recipe = Recipe(model=model, precision=precision)
+    if method == "dense":
+        return recipe
+    if method == "masked":
+        return replace(recipe, mask_ratio=round(1 - ratio, 6))
+    parts = METHODS[method]
+    return replace(
+        recipe, method=method, keep_ratio=ratio, teacher="start" if parts.distils else "",
+        token_loss=parts.reduce.token_loss,
+    )  # fmt: skip
 
 
 def _step(given, accelerator, optimizer):
