@@ -66,8 +66,8 @@ row: $(env)
 cost: $(env)
 	$(bin)/python notebooks/run.py notebooks/cost-and-speed.ipynb $(again)/cost-and-speed.ipynb budget=full out=results
 
-# what the chapter on speed shows, each plan with its picture (an hour and three quarters on two quiet cores); copied when
-# all are done, so that all name the same clean commit
+# what the chapter on speed shows, and steps of masked fine-tuning, each plan with its picture (two hours on two quiet
+# cores); copied when all are done, so that all name the same clean commit
 bench := $(bin)/python -m tpbook.bench rounds=31
 speed := $(again)/speed
 tiny := deit_tiny_patch16_224
@@ -79,7 +79,10 @@ speed: $(env)
 	$(bench) model=[$(tiny),$(small),deit_base_patch16_224] method=evit keep_ratio=0.7 image_size=[224,384,512] batch=1 rounds=11 \
 		out=$(speed)/growth.json
 	$(bench) model=[$(tiny),$(small)] dtype=[bfloat16,float32] batch=32 out=$(speed)/ratios-32.json
+	$(bench) model=$(tiny) method=masked mode=training keep_ratio=[0.75,0.5,0.25] dtype=[float32,bfloat16] batch=32 \
+		out=$(speed)-masked/masked.json
 	cp $(speed)/*.json notebooks/results/speed
+	cp $(speed)-masked/*.json notebooks/results/speed-masked
 
 # what a stage starts and moves, counted (seconds)
 operators: $(env)
