@@ -151,6 +151,11 @@ def test_digits():
 
     again, other = data.digits(), data.digits(seed=1)
     assert torch.equal(again.images, digits.images)
+    for held in (again.images, again.labels, again.digit_patches):  # is the caller's, to write into as well
+        held.zero_()
+    anew = data.digits()
+    assert torch.equal(anew.images, digits.images) and torch.equal(anew.labels, digits.labels)
+    assert torch.equal(anew.digit_patches, digits.digit_patches)
     assert not torch.equal(other.images, digits.images) and torch.equal(other.labels, digits.labels)
     assert len(data.digits("train", per_digit=2)) == 2000
 

@@ -307,6 +307,20 @@ def test_knob(small, images):
     assert [k.shape[1] for k in t.kept] == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("stages")
+@torch.no_grad()
+def test_before_a_block_is_after_the_attention_of_the_one_before(small, images):
+    """What the tour says: DynamicViT by the class token's attention is EViT without fusion a block earlier."""
+    model = small()
+    x, keep = images(model), (20, 12, 6)
+    before = tpbook.prune(model, "dynamicvit", score="class_attention", keep=keep, at=(2, 3, 5))(x)
+    earlier, there = (
+        tpbook.prune(tpbook.unprune(model), "evit", fuse=False, keep=keep, at=at)(x) for at in ((1, 2, 4), (2, 3, 5))
+    )
+    torch.testing.assert_close(before, earlier, atol=1e-6, rtol=0)
+    assert (before - there).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3, 12])
 def test_default_blocks(small, depth):
     want = {1: (0,), 2: (0, 1), 3: (0, 1, 2), 12: (3, 6, 9)}[depth]
